@@ -1,0 +1,1 @@
+"""The Celery side: app, routing, tasks and the host watcher."""
