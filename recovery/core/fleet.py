@@ -3,17 +3,18 @@ The fleet file as frozen models: what runs, where, and by which rules it is repa
 
 Every field has a default, a bound and a unit, so the JSON Schema, the README's tables and the errors of
 `recovery validate` all come from here. What must hold between fields stands in `fleet_checks.py`, the reading
-of the text in `fleet_file.py`, the placement in `fleet_plan.py`; import all of it from this module's neighbours.
+of the text in `fleet_file.py`, the placement in `fleet_plan.py`.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from recovery.core.fleet_fluidmcp import expand_high_level
+from recovery.core.fleet_fluidmcp import in_our_words
 
 VISIBILITY_TIMEOUT_S: Final = 3600
 """Celery re-delivers a message with an ETA beyond this a second time (CELERY-FACTS.md, section 3); broker and checks share it."""
@@ -21,6 +22,12 @@ VISIBILITY_TIMEOUT_S: Final = 3600
 ID_PATTERN: Final = r"^[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?$"
 """Model ids become Redis keys, folder names, queue arguments and URL segments: no separators, no dots at the ends."""
 HOST_PATTERN: Final = r"^[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?$"
+
+LOCAL_HOST: Final = "localhost"
+"""Stands for the machine that reads the file where neither the file nor the reader names one."""
+
+PLACEHOLDER: Final = re.compile(r"\{(host|port|gpus|replica)\}")
+"""The four words that are filled in; any other brace (JSON in an argument, a chat template) is left as it is."""
 
 ModelId = Annotated[str, StringConstraints(pattern=ID_PATTERN, max_length=64)]
 HostName = Annotated[str, StringConstraints(pattern=HOST_PATTERN)]
@@ -112,18 +119,22 @@ class FluidMcpModelKeys(Frozen):
     """
     Keys of a model that FluidMCP knows and this project does not need: accepted, never read, never shown.
 
-    Source: Fluid-AI/fluidmcp, `fluidmcp/cli/services/` (llm_launcher.py, replicate_client.py, vllm_config.py) and `examples/`.
+    Source: Fluid-AI/fluidmcp, `fluidmcp/cli/services/` (llm_launcher.py, vllm_config.py, omni_adapter.py)
+    and its `examples/`.
     """
 
-    model: JsonValue = Field(None, exclude=True, repr=False, description="FluidMCP: model of the high-level form, or of a cloud provider")
-    config: JsonValue = Field(None, exclude=True, repr=False, description="FluidMCP: vLLM settings of the high-level form")
-    profile: JsonValue = Field(None, exclude=True, repr=False, description="FluidMCP: named defaults of the high-level form")
-    port: JsonValue = Field(None, exclude=True, repr=False, description="FluidMCP: port of the high-level form")
-    timeouts: JsonValue = Field(None, exclude=True, repr=False, description="FluidMCP: its proxy's time-outs; ignored")
-    default_params: JsonValue = Field(None, exclude=True, repr=False, description="FluidMCP: cloud providers; ignored")
-    api_key: JsonValue = Field(None, exclude=True, repr=False, description="FluidMCP: cloud providers; ignored")
-    timeout: JsonValue = Field(None, exclude=True, repr=False, description="FluidMCP: cloud providers; ignored")
-    max_retries: JsonValue = Field(None, exclude=True, repr=False, description="FluidMCP: cloud providers; ignored")
+    model: Any = Field(None, exclude=True, repr=False, description="FluidMCP: model of the high-level form, or of a cloud provider")
+    config: Any = Field(None, exclude=True, repr=False, description="FluidMCP: vLLM settings of the high-level form")
+    profile: Any = Field(None, exclude=True, repr=False, description="FluidMCP: named defaults of the high-level form")
+    port: Any = Field(None, exclude=True, repr=False, description="FluidMCP: port of the high-level form")
+    timeouts: Any = Field(None, exclude=True, repr=False, description="FluidMCP: its proxy's time-outs; ignored")
+    default_params: Any = Field(None, exclude=True, repr=False, description="FluidMCP: cloud providers; ignored")
+    api_key: Any = Field(None, exclude=True, repr=False, description="FluidMCP: cloud providers; ignored")
+    timeout: Any = Field(None, exclude=True, repr=False, description="FluidMCP: cloud providers; ignored")
+    max_retries: Any = Field(None, exclude=True, repr=False, description="FluidMCP: cloud providers; ignored")
+    capabilities: Any = Field(None, exclude=True, repr=False, description="FluidMCP: what its gateway offers; ignored")
+    tooling: Any = Field(None, exclude=True, repr=False, description="FluidMCP: its function calling; ignored")
+    shutdown_timeout: Any = Field(None, exclude=True, repr=False, description="FluidMCP: s; read as stop_grace_s")
 
 
 class ModelSpec(Policy, FluidMcpModelKeys):
@@ -154,12 +165,18 @@ class ModelSpec(Policy, FluidMcpModelKeys):
     @model_validator(mode="before")
     @classmethod
     def _high_level_form(cls, data: Any) -> Any:
-        return expand_high_level(data) if isinstance(data, dict) else data
+        """FluidMCP's other spellings; see `fleet_fluidmcp.py`."""
+        return in_our_words(data) if isinstance(data, dict) else data
 
     @property
     def policy(self) -> Policy:
         """The part of the entry that may leave the host."""
         return Policy(**{name: getattr(self, name) for name in Policy.model_fields})
+
+    @property
+    def filled_texts(self) -> tuple[str, ...]:
+        """Everything the server is told that may hold placeholders."""
+        return (*self.args, *self.env.values(), *(text for args in self.fallback_args for text in args))
 
     @property
     def supervised(self) -> bool:
@@ -185,9 +202,9 @@ class FleetKeys(Frozen):
     log_max_bytes: int = Field(64 * 2**20, ge=64 * 2**10, description="bytes of one run's log file; beyond, its oldest half goes")
     log_runs_kept: int = Field(10, ge=2, le=10_000, description="log files kept per instance; the first failing run of a crash loop stays")
 
-    mcpServers: JsonValue = Field(None, exclude=True, repr=False, description="FluidMCP; ignored")
-    replicateModels: JsonValue = Field(None, exclude=True, repr=False, description="FluidMCP (cloud models, old form); ignored")
-    github_token: JsonValue = Field(None, exclude=True, repr=False, description="FluidMCP; ignored")
+    mcpServers: Any = Field(None, exclude=True, repr=False, description="FluidMCP; ignored")
+    replicateModels: Any = Field(None, exclude=True, repr=False, description="FluidMCP (cloud models, old form); ignored")
+    github_token: Any = Field(None, exclude=True, repr=False, description="FluidMCP; ignored")
 
 
 class Fleet(FleetKeys):
@@ -199,9 +216,14 @@ class Fleet(FleetKeys):
     def _holds_together(self) -> Self:
         from recovery.core.fleet_checks import problems_of  # the checks are written over these models
 
-        if problems := problems_of(self, self.models):
+        if problems := problems_of(self, self.llmModels):
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def unsupervised(self) -> tuple[str, ...]:
+        """Ids of the entries without a process of ours: cloud models, and servers that somebody else runs."""
+        return tuple(model_id for model_id, spec in self.llmModels.items() if not spec.supervised)
 
     @property
     def models(self) -> Mapping[str, ModelSpec]:
@@ -213,9 +235,6 @@ class Fleet(FleetKeys):
         if spec.host:
             return (spec.host,)
         return spec.hosts or self.hosts or (self.host or LOCAL_HOST,)
-
-
-LOCAL_HOST: Final = "localhost"
 
 
 class Placement(Frozen):

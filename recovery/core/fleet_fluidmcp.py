@@ -1,8 +1,9 @@
 """
-FluidMCP's high-level form of a model, told in ours.
+FluidMCP's other spellings of a model, told in ours.
 
-Its file may give `model`, `config`, `profile` and `port` where we want `command` and `args`. The flags and the values of the
-three profiles are those of Fluid-AI/fluidmcp, `fluidmcp/cli/services/vllm_config.py`, so that the same server starts.
+Its `shutdown_timeout` is our `stop_grace_s`. Its file may give `model`, `config`, `profile` and `port` where we want `command` and
+`args`: the flags and the values of the three profiles are those of Fluid-AI/fluidmcp, `fluidmcp/cli/services/vllm_config.py`,
+so that the same server starts.
 """
 
 from collections.abc import Mapping
@@ -43,14 +44,20 @@ FLAG_KEYS: Final = (
 )
 
 
-def expand_high_level(data: dict[Any, Any]) -> dict[Any, Any]:
+def in_our_words(data: dict[Any, Any]) -> dict[Any, Any]:
     """
-    The entry with `command`, `args` and a base_url made from the high-level form; any other entry as it came.
+    The entry with `command`, `args` and a base_url made from the high-level form, and `stop_grace_s`; any other entry as it came.
 
     Raises ValueError with the reason where the form is incomplete; the caller adds the path.
     """
-    if not ({"config", "profile"} & data.keys()) or data.get("type", "vllm") != "vllm":
-        return data
+    if isinstance(data.get("shutdown_timeout"), int | float) and "stop_grace_s" not in data:
+        data = {**data, "stop_grace_s": data["shutdown_timeout"]}
+    if ({"config", "profile"} & data.keys()) and data.get("type", "vllm") == "vllm":
+        return _expanded(data)
+    return data
+
+
+def _expanded(data: dict[Any, Any]) -> dict[Any, Any]:
     config, profile, model = data.get("config", {}), data.get("profile"), data.get("model")
     if profile is not None and (not isinstance(profile, str) or profile not in PROFILES):
         raise ValueError(f"profile must be one of {', '.join(PROFILES)}")
@@ -67,5 +74,5 @@ def expand_high_level(data: dict[Any, Any]) -> dict[Any, Any]:
     for key in FLAG_KEYS:
         if key in values:
             args += [f"--{key.replace('_', '-')}", str(values[key])]
-    made = {"command": "vllm", "args": args, "endpoints": {"base_url": f"http://localhost:{port}/v1"}}
-    return {**made, **data, "command": "vllm", "args": args}
+    made = {"command": "vllm", "args": tuple(args), "endpoints": {"base_url": f"http://localhost:{port}/v1"}}
+    return {**made, **data, "command": "vllm", "args": tuple(args)}
