@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic.config import JsonDict
 
 from recovery.core.fleet_fluidmcp import in_our_words
 
@@ -28,6 +29,9 @@ LOCAL_HOST: Final = "localhost"
 
 PLACEHOLDER: Final = re.compile(r"\{(host|port|gpus|replica)\}")
 """The four words that are filled in; any other brace (JSON in an argument, a chat template) is left as it is."""
+
+SECONDS: Final[JsonDict] = {"unit": "s"}
+BYTES: Final[JsonDict] = {"unit": "bytes"}
 
 ModelId = Annotated[str, StringConstraints(pattern=ID_PATTERN, max_length=64)]
 HostName = Annotated[str, StringConstraints(pattern=HOST_PATTERN)]
@@ -55,45 +59,91 @@ class Policy(Frozen):
     restart_policy: RestartPolicy = Field("no", description="when to restart automatically: never, after failures, or after every end")
     max_restarts: int = Field(3, ge=0, le=1_000_000, description="automatic restarts until a stable time forgives them; 0 = no limit")
     restart_delay: float = Field(
-        5, ge=0, lt=VISIBILITY_TIMEOUT_S, description="s; wait before the first restart, doubled by each further one"
+        5,
+        ge=0,
+        lt=VISIBILITY_TIMEOUT_S,
+        json_schema_extra=SECONDS,
+        description="wait before the first restart, doubled by each further one",
     )
     max_restart_delay: float = Field(
-        160, ge=0, description="s; longest wait between restarts; where it is not given, restart_delay raises it"
+        160, ge=0, json_schema_extra=SECONDS, description="longest wait between restarts; where it is not given, restart_delay raises it"
     )
     restart_jitter: float = Field(
         0.1, ge=0, le=1, description="fraction of the delay added by chance, so that what died together does not return together"
     )
 
-    health_check_timeout: float = Field(10.0, gt=0, le=600, description="s; time-out of one health request")
-    health_check_interval: float = Field(30, ge=0.1, le=86_400, description="s; between two looks at a healthy server")
-    health_confirm_interval: float = Field(2, ge=0.05, le=3600, description="s; to the next look after a failed one")
+    health_check_timeout: float = Field(10.0, gt=0, le=600, json_schema_extra=SECONDS, description="time-out of one health request")
+    health_check_interval: float = Field(
+        30, ge=0.1, le=86_400, json_schema_extra=SECONDS, description="between two looks at a healthy server"
+    )
+    health_confirm_interval: float = Field(
+        2, ge=0.05, le=3600, json_schema_extra=SECONDS, description="to the next look after a failed one"
+    )
     failure_threshold: int = Field(
         2, ge=1, le=1000, description="failed looks in a row that make a server unhealthy beyond repair by waiting"
     )
-    startup_timeout_s: float = Field(600, gt=0, le=86_400, description="s; a server that has not served by then is started again")
+    startup_timeout_s: float = Field(
+        600, gt=0, le=86_400, json_schema_extra=SECONDS, description="a server that has not served by then is started again"
+    )
     stable_s: float = Field(
-        600, ge=0, le=604_800, description="s of serving that forgive earlier restarts (at least twice the last load time)"
+        600,
+        ge=0,
+        le=604_800,
+        json_schema_extra=SECONDS,
+        description="seconds of serving that forgive earlier restarts (at least twice the last load time)",
     )
 
-    stop_grace_s: float = Field(30, ge=0, le=3600, description="s between SIGTERM and SIGKILL")
-    kill_deadline_s: float = Field(30, gt=0, le=3600, description="s after SIGKILL until a process that remains is reported as unkillable")
-    drain_timeout_s: float = Field(60, ge=0, le=3600, description="s that requests in flight get to finish before a stop or restart")
+    stop_grace_s: float = Field(30, ge=0, le=3600, json_schema_extra=SECONDS, description="seconds between SIGTERM and SIGKILL")
+    kill_deadline_s: float = Field(
+        30,
+        gt=0,
+        le=3600,
+        json_schema_extra=SECONDS,
+        description="seconds after SIGKILL until a process that remains is reported as unkillable",
+    )
+    drain_timeout_s: float = Field(
+        60, ge=0, le=3600, json_schema_extra=SECONDS, description="seconds that requests in flight get to finish before a stop or restart"
+    )
 
-    busy_limit_s: float = Field(600, ge=0, le=86_400, description="s that a busy server may fail its health checks while it makes progress")
-    hang_window_s: float = Field(10, ge=0.1, le=3600, description="s; two looks without progress at least this far apart make a hang")
+    busy_limit_s: float = Field(
+        600,
+        ge=0,
+        le=86_400,
+        json_schema_extra=SECONDS,
+        description="seconds that a busy server may fail its health checks while it makes progress",
+    )
+    hang_window_s: float = Field(
+        10, ge=0.1, le=3600, json_schema_extra=SECONDS, description="two looks without progress at least this far apart make a hang"
+    )
     completion_check: bool = Field(True, description="ask for one token to tell ready from alive and hung from busy; off: /v1/models")
-    completion_timeout_s: float = Field(10, gt=0, le=600, description="s; time-out of the one-token completion")
-    validate_s: float = Field(30, ge=0, le=3600, description="s that a repaired server must keep serving before its incident is closed")
+    completion_timeout_s: float = Field(10, gt=0, le=600, json_schema_extra=SECONDS, description="time-out of the one-token completion")
+    validate_s: float = Field(
+        30,
+        ge=0,
+        le=3600,
+        json_schema_extra=SECONDS,
+        description="seconds that a repaired server must keep serving before its incident is closed",
+    )
     remedies: bool = Field(True, description="change flags, port or GPU as the cause demands; off: only restart")
 
-    lease_s: float = Field(120, ge=5, le=3600, description="s without a worker after which the keeper ends the server (reschedule only)")
+    lease_s: float = Field(
+        120,
+        ge=5,
+        le=3600,
+        json_schema_extra=SECONDS,
+        description="seconds without a worker after which the keeper ends the server (reschedule only)",
+    )
     reschedule: bool = Field(False, description="move the instance to another host of its list when its own is lost")
     drill: bool = Field(False, description="`recovery drill` may break this model without --yes")
 
-    hold_timeout_s: float = Field(60, ge=0, le=3600, description="s a request may wait at the front door for a ready replica")
+    hold_timeout_s: float = Field(
+        60, ge=0, le=3600, json_schema_extra=SECONDS, description="seconds a request may wait at the front door for a ready replica"
+    )
     hold_max_requests: int = Field(1024, ge=0, le=1_000_000, description="requests that may wait at once")
-    hold_max_bytes: int = Field(64 * 2**20, ge=0, description="bytes of request bodies that may wait at once")
-    inter_token_timeout_s: float = Field(30, gt=0, le=3600, description="s of silence in mid-stream after which it is continued elsewhere")
+    hold_max_bytes: int = Field(64 * 2**20, ge=0, json_schema_extra=BYTES, description="bytes of request bodies that may wait at once")
+    inter_token_timeout_s: float = Field(
+        30, gt=0, le=3600, json_schema_extra=SECONDS, description="seconds of silence in mid-stream after which it is continued elsewhere"
+    )
     allow_text_continuation: bool = Field(False, description="continue a cut stream by its text where token ids are not to be had")
 
     @model_validator(mode="before")
@@ -134,7 +184,7 @@ class FluidMcpModelKeys(Frozen):
     max_retries: Any = Field(None, exclude=True, repr=False, description="FluidMCP: cloud providers; ignored")
     capabilities: Any = Field(None, exclude=True, repr=False, description="FluidMCP: what its gateway offers; ignored")
     tooling: Any = Field(None, exclude=True, repr=False, description="FluidMCP: its function calling; ignored")
-    shutdown_timeout: Any = Field(None, exclude=True, repr=False, description="FluidMCP: s; read as stop_grace_s")
+    shutdown_timeout: Any = Field(None, exclude=True, repr=False, json_schema_extra=SECONDS, description="FluidMCP: read as stop_grace_s")
 
 
 class ModelSpec(Policy, FluidMcpModelKeys):
@@ -195,11 +245,13 @@ class FleetKeys(Frozen):
     max_loads_per_host: int = Field(2, ge=1, le=1000, description="servers that may load at once on one host")
     max_loads_fleet: int = Field(8, ge=1, le=100_000, description="servers that may load at once in the fleet")
     brake_failures: int = Field(5, ge=0, le=100_000, description="instances failing with one cause that stop mass repair; 0 = no brake")
-    brake_window_s: float = Field(60, gt=0, le=86_400, description="s in which they must fail")
+    brake_window_s: float = Field(60, gt=0, le=86_400, json_schema_extra=SECONDS, description="seconds in which they must fail")
 
     redact_patterns: tuple[Text, ...] = Field((), description="regular expressions; what they match never leaves the host")
     redact_prompts: bool = Field(True, description="hide prompts in vLLM's request log lines")
-    log_max_bytes: int = Field(64 * 2**20, ge=64 * 2**10, description="bytes of one run's log file; beyond, its oldest half goes")
+    log_max_bytes: int = Field(
+        64 * 2**20, ge=64 * 2**10, json_schema_extra=BYTES, description="bytes of one run's log file; beyond, its oldest half goes"
+    )
     log_runs_kept: int = Field(10, ge=2, le=10_000, description="log files kept per instance; the first failing run of a crash loop stays")
 
     mcpServers: Any = Field(None, exclude=True, repr=False, description="FluidMCP; ignored")
