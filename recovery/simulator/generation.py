@@ -1,0 +1,449 @@
+"""Completions and chat: what a request asks for, the tokens as they come, the answer in OpenAI's shape."""
+
+import asyncio
+import time  # noqa: TID251 -- part of the world, not of the core
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from recovery.simulator.link import Link
+from recovery.simulator.metrics import Metrics
+from recovery.simulator.tokens import VOCABULARY, Decoder, decode, encode, render_chat
+
+Json = dict[str, Any]
+ENGINE_DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+TOOL_TOKENS = 8
+
+
+class ApiError(Exception):
+    """An answer that is an error, in vLLM's shape."""
+
+    def __init__(self, code: int, message: str, kind: str = "", param: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        names = {400: "BadRequestError", 404: "NotFoundError", 500: "InternalServerError", 503: "ServiceUnavailableError"}
+        self.body: Json = {"error": {"message": message, "type": kind or names.get(code, "Error"), "param": param, "code": code}}
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One text in the making."""
+
+    index: int
+    id: str
+    prompt: list[int]
+    stops: tuple[str, ...]
+    keep_stop: bool
+    began: float
+    decoder: Decoder = field(default_factory=Decoder)
+    held: str = ""
+    made: int = 0
+    first: float = 0.0
+    last: float = 0.0
+    done: bool = False
+
+    def feed(self, tokens: list[int], reason: str | None) -> tuple[str, list[int], str | None, str | None]:
+        """Text, ids, finish reason and the stop string that ended it; text that may begin a stop string is held back."""
+        self.made += len(tokens)
+        if not self.stops:
+            return self.decoder.feed(tokens, final=reason is not None), tokens, reason, None
+        for count, token in enumerate(tokens, 1):
+            self.held += self.decoder.feed([token], final=reason is not None and count == len(tokens))
+            found = min(((at, stop) for stop in self.stops if (at := self.held.find(stop)) >= 0), default=None)
+            if found:
+                at, stop = found
+                self.made -= len(tokens) - count
+                return self.held[: at + (len(stop) if self.keep_stop else 0)], tokens[:count], "stop", stop
+        kept = 0 if reason else max(map(len, self.stops)) - 1
+        cut = max(0, len(self.held) - kept)
+        text, self.held = self.held[:cut], self.held[cut:]
+        return text, tokens, reason, None
+
+
+Event = tuple[Choice, str, list[int], str | None, str | None]
+
+
+class Sink:
+    """Where the reports for one HTTP request arrive."""
+
+    def __init__(self) -> None:
+        self._items: deque[tuple[Choice, list[int], str | None]] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._failure = ""
+
+    def put(self, choice: Choice, tokens: list[int], reason: str | None) -> None:
+        self._items.append((choice, tokens, reason))
+        self._wake()
+
+    def fail(self, how: str) -> None:
+        """End it: `error` or `abort`."""
+        self._failure = self._failure or how
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> tuple[Choice, list[int], str | None] | str:
+        """The next piece, or how it failed."""
+        while not self._items:
+            if self._failure:
+                return self._failure
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._items.popleft()
+
+
+class Requests:
+    """The requests in flight, and the engine's reports on their way to them."""
+
+    def __init__(self, link: Link, metrics: Metrics) -> None:
+        self._link = link
+        self._metrics = metrics
+        self._live: dict[str, tuple[Sink, Choice]] = {}
+        self._number = 0
+        self._backlog: list[Json] | None = None
+        link.on_report = self._report
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def next_number(self) -> int:
+        self._number += 1
+        return self._number
+
+    @property
+    def count(self) -> int:
+        """Generation requests since the start."""
+        return self._number
+
+    def add(self, sink: Sink, choice: Choice, message: Json) -> None:
+        self._live[choice.id] = (sink, choice)
+        self._link.send({"t": "add", "id": choice.id, "prompt": choice.prompt, **message})
+
+    def drop(self, choice: Choice, reason: str) -> None:
+        """The request ended here: tell the engine if it did not know, and count it."""
+        if self._live.pop(choice.id, None):
+            self._link.send({"t": "abort", "id": choice.id})
+            self._count(choice, reason)
+
+    def fail_all(self, how: str) -> None:
+        """Every request in flight ends with an error or an abort."""
+        for sink, choice in list(self._live.values()):
+            self._live.pop(choice.id, None)
+            self._count(choice, how)
+            sink.fail(how)
+
+    def hold(self, held: bool) -> None:
+        """While held, reports of the engine are not looked at: the whole server hangs."""
+        if held:
+            self._backlog = self._backlog if self._backlog is not None else []
+            return
+        backlog, self._backlog = self._backlog or [], None
+        for report in backlog:
+            self._report(report)
+
+    def _count(self, choice: Choice, reason: str) -> None:
+        self._metrics.request_finished(reason, choice.began, choice.first, time.monotonic(), len(choice.prompt), choice.made)
+
+    def _report(self, report: Json) -> None:
+        if self._backlog is not None:
+            self._backlog.append(report)
+            return
+        metrics = self._metrics
+        metrics.running, metrics.waiting, metrics.kv_usage = report["r"], report["w"], report["kv"]
+        if not report["s"]:
+            return
+        metrics.iteration_tokens.observe(report["p"] + report["n"])
+        metrics.prompt_tokens += report["p"]
+        metrics.generation_tokens += report["n"]
+        now = time.monotonic()
+        for name, tokens, reason in report["o"]:
+            found = self._live.get(name)
+            if not found:
+                continue
+            sink, choice = found
+            if choice.first:
+                metrics.inter_token.observe((now - choice.last) / len(tokens))
+            else:
+                choice.first = now
+                metrics.ttft.observe(now - choice.began)
+            choice.last = now
+            sink.put(choice, tokens, reason)
+            if reason:
+                del self._live[name]
+                metrics.request_finished(reason, choice.began, choice.first, now, len(choice.prompt), choice.made + len(tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A validated request."""
+
+    chat: bool
+    model: str
+    prompts: list[list[int]]
+    n: int
+    max_tokens: int
+    stream: bool
+    include_usage: bool
+    usage_each: bool
+    token_ids: bool
+    echo: bool
+    stops: tuple[str, ...]
+    keep_stop: bool
+    tool: str
+    tool_field: str
+    engine: Json
+
+
+def _fields(body: Json, name: str, kind: type, default: Any) -> Any:
+    value = body.get(name)
+    if value is None:
+        return default
+    if (kind is int and isinstance(value, bool)) or not isinstance(value, kind):
+        raise ApiError(400, f"Input should be a valid {kind.__name__}", param=name)
+    return value
+
+
+def _prompts(body: Json) -> list[list[int]]:
+    prompt = body.get("prompt")
+    if isinstance(prompt, str) and prompt:
+        return [encode(prompt)]
+    if isinstance(prompt, list) and prompt:
+        if all(type(item) is int for item in prompt):
+            return [prompt]
+        if all(isinstance(item, str) and item for item in prompt):
+            return [encode(item) for item in prompt]
+        if all(isinstance(item, list) and item and all(type(token) is int for token in item) for item in prompt):
+            return prompt
+    raise ApiError(400, "Either prompt or prompt_embeds must be provided and non-empty.", param="prompt")
+
+
+def _messages(body: Json) -> list[int]:
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise ApiError(400, "Field required: messages", param="messages")
+    generate, go_on = body.get("add_generation_prompt", True), body.get("continue_final_message", False)
+    if generate and go_on:
+        raise ApiError(400, "Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
+    return encode(render_chat(messages, add_generation_prompt=generate, continue_final_message=go_on))
+
+
+def _tool(body: Json) -> tuple[str, str]:
+    """The function to call and the argument to fill, if this request gets a tool call: `auto` calls once per user message."""
+    tools, choice = body.get("tools") or [], body.get("tool_choice", "auto")
+    if not tools or choice == "none":
+        return "", ""
+    functions: list[Json] = [tool.get("function", {}) for tool in tools if isinstance(tool, dict)]
+    if isinstance(choice, dict):
+        name = choice.get("function", {}).get("name")
+        functions = [function for function in functions if function.get("name") == name]
+        if not functions:
+            raise ApiError(400, "Tool choice refers to a tool that is not in `tools`.", param="tool_choice")
+    elif choice == "auto" and body["messages"][-1].get("role") == "tool":
+        return "", ""
+    properties = functions[0].get("parameters", {}).get("properties") or {"text": {}}
+    return str(functions[0].get("name", "")), next(iter(properties))
+
+
+def read_request(body: Json, chat: bool, max_model_len: int, default_max_tokens: int) -> Wanted:
+    """What the request wants; `ApiError` 400 with vLLM's words where it makes no sense."""
+    prompts = [_messages(body)] if chat else _prompts(body)
+    for prompt in prompts:
+        if bad := next((token for token in prompt if not 0 <= token < VOCABULARY), None):
+            raise ApiError(400, f"Token id {bad} is out of vocabulary", param="prompt")
+    longest = max(map(len, prompts))
+    room = max_model_len - longest
+    limit = f"This model's maximum context length is {max_model_len} tokens."
+    if room < 1:
+        raise ApiError(400, f"{limit} However, your request has {longest} input tokens. Please reduce the length of the input messages.")
+    asked = _fields(body, "max_completion_tokens", int, None) if chat else None
+    asked = asked if asked is not None else _fields(body, "max_tokens", int, None)
+    if asked is not None and asked < 1:
+        raise ApiError(400, f"max_tokens must be at least 1, got {asked}.", param="max_tokens")
+    if asked is not None and asked > room:
+        raise ApiError(400, f"'max_tokens' or 'max_completion_tokens' is too large: {asked}. {limit}", param="max_tokens")
+    stop = body.get("stop") or []
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    stream = _fields(body, "stream", bool, False)
+    stream_options = body.get("stream_options") or {}
+    if stream_options and not stream:
+        raise ApiError(400, "Stream options can only be defined when `stream=True`.", param="stream_options")
+    n = _fields(body, "n", int, 1)
+    if n < 1:
+        raise ApiError(400, f"n must be at least 1, got {n}.", param="n")
+    tool, tool_field = _tool(body) if chat else ("", "")
+    default = default_max_tokens if chat else 16
+    max_tokens = min(room, asked if asked is not None else default, TOOL_TOKENS if tool else room)
+    seeded = body.get("seed") is not None and body.get("temperature") != 0
+    stop_ids = [token for token in body.get("stop_token_ids") or [] if type(token) is int]
+    engine: Json = {"max_tokens": max_tokens, "ignore_eos": bool(body.get("ignore_eos")), "stop_ids": stop_ids}
+    if seeded:
+        engine["seed"] = _fields(body, "seed", int, 0)
+    return Wanted(
+        chat=chat,
+        model=str(body.get("model") or ""),
+        prompts=prompts,
+        n=n,
+        max_tokens=max_tokens,
+        stream=stream,
+        include_usage=bool(stream_options.get("include_usage")),
+        usage_each=bool(stream_options.get("continuous_usage_stats")),
+        token_ids=bool(body.get("return_token_ids")),
+        echo=bool(body.get("echo")) and not chat,
+        stops=tuple(item for item in stops if isinstance(item, str) and item),
+        keep_stop=bool(body.get("include_stop_str_in_output")),
+        tool=tool,
+        tool_field=tool_field,
+        engine=engine,
+    )
+
+
+class Failed(Exception):
+    """The engine died (`error`) or the server was told to stop (`abort`)."""
+
+
+class Generation:
+    """The choices of one request, being generated."""
+
+    def __init__(self, wanted: Wanted, requests: Requests) -> None:
+        self.wanted = wanted
+        self.number = requests.next_number()
+        self._requests = requests
+        self._sink = Sink()
+        self.id = f"{'chatcmpl' if wanted.chat else 'cmpl'}-{self.number:08x}{time.time_ns() & 0xFFFFFFFF:08x}"
+        self.created = int(time.time())
+        now = time.monotonic()
+        self.choices = [
+            Choice(index * wanted.n + number, f"{self.id}-{index * wanted.n + number}", prompt, wanted.stops, wanted.keep_stop, now)
+            for index, prompt in enumerate(wanted.prompts)
+            for number in range(wanted.n)
+        ]
+
+    def start(self) -> None:
+        """Hand every choice to the engine."""
+        for choice in self.choices:
+            self._requests.add(self._sink, choice, {**self.wanted.engine, "choice": choice.index % self.wanted.n})
+
+    def stop(self) -> None:
+        """Whatever still runs is of no use to anybody."""
+        for choice in self.choices:
+            self._requests.drop(choice, "abort")
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Each piece of each choice, until all are done; `Failed` when the engine or the server ends first."""
+        left = len(self.choices)
+        while left:
+            item = await self._sink.get()
+            if isinstance(item, str):
+                raise Failed(item)
+            choice, tokens, reason = item
+            if choice.done:
+                continue
+            text, tokens, reason, stop = choice.feed(tokens, reason)
+            if reason:
+                choice.done = True
+                left -= 1
+                self._requests.drop(choice, reason)
+            yield choice, text, tokens, reason, stop
+
+    @property
+    def made(self) -> int:
+        """Tokens so far, over all choices."""
+        return sum(choice.made for choice in self.choices)
+
+    def usage(self) -> Json:
+        prompt = sum(map(len, self.wanted.prompts))
+        return {"prompt_tokens": prompt, "total_tokens": prompt + self.made, "completion_tokens": self.made, "prompt_tokens_details": None}
+
+    def chunks(self, event: Event, first: bool) -> Iterator[Json]:
+        """The stream's chunks for one piece."""
+        yield from self._chat_chunks(event, first) if self.wanted.chat else self._text_chunks(event, first)
+
+    def _text_chunks(self, event: Event, first: bool) -> Iterator[Json]:
+        choice, text, tokens, reason, stop = event
+        if first and self.wanted.echo:
+            text, tokens = decode(choice.prompt) + text, [*choice.prompt, *tokens]
+        row: Json = {"index": choice.index, "text": text, "logprobs": None, "finish_reason": reason, "stop_reason": stop}
+        row["prompt_token_ids"] = choice.prompt if first and self.wanted.token_ids else None
+        row["token_ids"] = tokens if self.wanted.token_ids else None
+        yield self._chunk([row])
+
+    def _chat_chunks(self, event: Event, first: bool) -> Iterator[Json]:
+        choice, text, tokens, reason, stop = event
+        if first:
+            chunk = self._chunk([self._delta(choice, {"role": "assistant", "content": None if self.wanted.tool else ""})])
+            chunk["prompt_token_ids"] = choice.prompt if self.wanted.token_ids else None
+            yield chunk
+        delta: Json = {"content": text}
+        if self.wanted.tool:
+            call: Json = {"index": 0, "function": {"arguments": text}}
+            if first:
+                call = {
+                    "id": self._call_id(choice),
+                    "type": "function",
+                    "index": 0,
+                    "function": {"name": self.wanted.tool, "arguments": ""},
+                }
+                yield self._chunk([self._delta(choice, {"tool_calls": [call]})])
+                call = {"index": 0, "function": {"arguments": self._opening() + text}}
+            if reason:
+                call["function"]["arguments"] += '"}'
+                reason = "tool_calls"
+            delta = {"tool_calls": [call]}
+        row = self._delta(choice, delta)
+        row |= {"finish_reason": reason, "stop_reason": stop, "token_ids": tokens if self.wanted.token_ids else None}
+        yield self._chunk([row])
+
+    def usage_chunk(self) -> Json:
+        """The last chunk with `include_usage`."""
+        return {**self._chunk([]), "usage": self.usage()}
+
+    def abort_chunk(self) -> Json:
+        """How a stream ends at SIGTERM, unless it gets an error event."""
+        rows = [{"index": choice.index, "finish_reason": "abort"} for choice in self.choices if not choice.done]
+        key: Json = {"delta": {"content": ""}} if self.wanted.chat else {"text": ""}
+        return self._chunk([{**row, **key, "logprobs": None, "stop_reason": None} for row in rows])
+
+    def answer(self, events: Sequence[Event]) -> Json:
+        """The whole answer of a request that does not stream."""
+        rows = []
+        for choice in self.choices:
+            mine = [event for event in events if event[0] is choice]
+            text = "".join(event[1] for event in mine)
+            tokens = [token for event in mine for token in event[2]]
+            row: Json = {"index": choice.index, "logprobs": None, "finish_reason": mine[-1][3], "stop_reason": mine[-1][4]}
+            row["token_ids"] = tokens if self.wanted.token_ids else None
+            if self.wanted.chat:
+                row["message"] = {"role": "assistant", "content": text, "refusal": None, "tool_calls": []}
+                if self.wanted.tool:
+                    function = {"name": self.wanted.tool, "arguments": f'{self._opening()}{text}"}}'}
+                    row["message"] |= {
+                        "content": None,
+                        "tool_calls": [{"id": self._call_id(choice), "type": "function", "function": function}],
+                    }
+                    row["finish_reason"] = "tool_calls"
+            else:
+                row["text"] = (decode(choice.prompt) if self.wanted.echo else "") + text
+                row["prompt_token_ids"] = choice.prompt if self.wanted.token_ids else None
+            rows.append(row)
+        kind = "chat.completion" if self.wanted.chat else "text_completion"
+        body: Json = {"id": self.id, "object": kind, "created": self.created, "model": self.wanted.model, "choices": rows}
+        if self.wanted.chat:
+            body["prompt_token_ids"] = self.wanted.prompts[0] if self.wanted.token_ids else None
+        return {**body, "usage": self.usage()}
+
+    def _chunk(self, rows: list[Json]) -> Json:
+        kind = "chat.completion.chunk" if self.wanted.chat else "text_completion"
+        usage = self.usage() if self.wanted.usage_each else None
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.wanted.model, "choices": rows, "usage": usage}
+
+    def _delta(self, choice: Choice, delta: Json) -> Json:
+        return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None, "token_ids": None}
+
+    def _call_id(self, choice: Choice) -> str:
+        return f"chatcmpl-tool-{self.number:08x}{choice.index:04x}"
+
+    def _opening(self) -> str:
+        return f'{{"{self.wanted.tool_field}": "'
