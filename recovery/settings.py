@@ -110,9 +110,7 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     values["RECOVERY_HOME"] = home
     values["RECOVERY_RUN_DIR"] = Path(str(values.get("RECOVERY_RUN_DIR") or _short_dir(env, home)))
     values.setdefault("RECOVERY_HOST", socket.gethostname())
-    api_port = values.get("RECOVERY_API_PORT")
-    if isinstance(api_port, int):  # so that the three ports of the documentation are enough to run two side by side
-        values.setdefault("RECOVERY_FRONT_METRICS_PORT", api_port - 1)
+    values.setdefault("RECOVERY_FRONT_METRICS_PORT", _metrics_port(values))
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
@@ -207,7 +205,7 @@ def _read(field: FieldInfo, text: str) -> object:
 
 def _contradictions(settings: Settings) -> Iterator[str]:
     tokens = [settings.bearer_token, *settings.admin_tokens, *settings.operate_tokens, *settings.read_tokens]
-    if any(token is not None and not _TOKEN.match(token.get_secret_value()) for token in tokens):
+    if any(token is not None and not _TOKEN.fullmatch(token.get_secret_value()) for token in tokens):
         yield "FMCP_BEARER_TOKEN, RECOVERY_*_TOKENS: a token must be printable ASCII without spaces, or no header can carry it"
     if settings.secure_mode and not settings.has_token:
         yield "FMCP_SECURE_MODE: is true but there is no token; set FMCP_BEARER_TOKEN"
@@ -237,6 +235,13 @@ def _own_ports(settings: Settings) -> tuple[tuple[str, int], ...]:
         ("RECOVERY_FRONT_METRICS_PORT", settings.front_metrics_port),
         ("RECOVERY_FLOWER_PORT", settings.flower_port),
     )
+
+
+def _metrics_port(values: Mapping[str, object]) -> int:
+    """The first free port below the API's, so that the three ports of the documentation are enough to run two side by side."""
+    names = {"RECOVERY_API_PORT": 8099, "RECOVERY_FRONT_PORT": 8000, "RECOVERY_FLOWER_PORT": 5555}
+    api, *others = (int(str(values.get(name, default))) for name, default in names.items())
+    return next((port for port in range(api - 1, 0, -1) if port not in others), 8098)
 
 
 def _state_home(env: Mapping[str, str]) -> Path:

@@ -89,9 +89,12 @@ def _placeholder_problems(spec: ModelSpec) -> Iterator[str]:
         for word in _WORD_IN_BRACES.findall(text):
             if word not in PLACEHOLDERS and (near := difflib.get_close_matches(word.lower(), PLACEHOLDERS, n=1, cutoff=0.75)):
                 yield f"{path}: unknown placeholder {{{word}}}; did you mean {{{near[0]}}}? Allowed: {_braced()}"
-    for word in re.findall(r"\{([^{}]*)\}", spec.endpoints.base_url or ""):
-        if word not in PLACEHOLDERS:
-            yield f"endpoints.base_url: unknown placeholder {{{word}}}; allowed: {_braced()}"
+    for word in _unknown_words(spec.endpoints.base_url):
+        yield f"endpoints.base_url: unknown placeholder {{{word}}}; allowed: {_braced()}"
+
+
+def _unknown_words(url: str | None) -> list[str]:
+    return [word for word in re.findall(r"\{([^{}]*)\}", url or "") if word not in PLACEHOLDERS]
 
 
 def _braced() -> str:
@@ -114,7 +117,8 @@ def _address_problems(fleet: Fleet, spec: ModelSpec) -> Iterator[str]:
     try:
         url_port = port_in_url(url)
     except ValueError as error:
-        yield f"endpoints.base_url: {error}"
+        if not _unknown_words(url):
+            yield f"endpoints.base_url: {error}"
         return
     arg_port = port_in_args(spec.args)
     if spec.replicas > 1 and not by_range:

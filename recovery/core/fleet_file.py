@@ -57,7 +57,7 @@ def load_fleet_text(text: str, host: str | None = None) -> Fleet:
     checked: dict[str, ModelSpec] = {}
     for model_id, entry in models.items():
         path = f"llmModels.{model_id}"
-        if not re.match(ID_PATTERN, model_id):
+        if not re.fullmatch(ID_PATTERN, model_id):
             problems.append(f"{path}: the id {PATTERN_TEXTS[ID_PATTERN]}")
         if not isinstance(entry, dict):
             problems.append(f"{path}: must be an object")
@@ -148,7 +148,8 @@ def _validated(kind: type[M], data: dict[str, Any], path: str) -> tuple[M | None
         return kind.model_validate(_tuples(data), strict=True), set(), []
     except ValidationError as error:
         details = error.errors(include_url=False)
-    lines = [f"{_path(path, detail['loc'])}: {_message(kind, detail)}" for detail in details]
+    # an element that is missing is a fault of its list
+    lines = [f"{_path(path, d['loc'][:-1] if d['type'] == 'missing' else d['loc'])}: {_message(kind, d)}" for d in details]
     bad = {str(detail["loc"][0]) for detail in details if detail["loc"]}
     try:
         rest = {name: value for name, value in data.items() if name not in bad}
@@ -176,7 +177,7 @@ def _message(kind: type[BaseModel], detail: ErrorDetails) -> str:
             text = PATTERN_TEXTS.get(context["pattern"], detail["msg"])
         case "value_error":
             return str(context["error"])
-        case "too_short" | "too_long" if "port_range" in detail["loc"]:
+        case "missing" | "too_long" if "port_range" in detail["loc"]:
             text = "must be [first, last]"
         case _:
             text = detail["msg"].replace("Input should be", "must be").replace("valid tuple", "list")
