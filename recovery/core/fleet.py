@@ -161,7 +161,9 @@ class Endpoints(Frozen):
     """Where a model answers."""
 
     base_url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s\x00]+$")] | None = Field(
-        None, description="http(s) URL of the server, with or without /v1; placeholders allowed; absent: only the process is checked"
+        None,
+        repr=False,
+        description="http(s) URL of the server, with or without /v1; placeholders allowed; absent: only the process is checked",
     )
 
 
@@ -196,7 +198,7 @@ class ModelSpec(Policy, FluidMcpModelKeys):
 
     type: str = Field("vllm", description="FluidMCP's provider; only entries with a command of their own are supervised")
     command: Annotated[Text, StringConstraints(min_length=1)] | None = Field(None, description="program to run; `python` is this Python")
-    args: tuple[Text, ...] = Field((), description="its arguments")
+    args: tuple[Text, ...] = Field((), repr=False, description="its arguments")
     env: dict[EnvName, Text] = Field({}, repr=False, description="environment of the server, over the operator's")
     endpoints: Endpoints = Endpoints()
     api_key_env: EnvName | None = Field(None, description="variable that holds the server's API key; handed to vLLM as VLLM_API_KEY")
@@ -210,7 +212,9 @@ class ModelSpec(Policy, FluidMcpModelKeys):
 
     autostart: bool = Field(True, description="started when the fleet comes up")
     fallback: ModelId | None = Field(None, description="model that answers while all replicas of this one are failed")
-    fallback_args: tuple[tuple[Text, ...], ...] = Field((), description="whole argument lists to try after OOM, the largest first")
+    fallback_args: tuple[tuple[Text, ...], ...] = Field(
+        (), repr=False, description="whole argument lists to try after OOM, the largest first"
+    )
 
     @model_validator(mode="before")
     @classmethod

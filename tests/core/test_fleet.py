@@ -1,13 +1,14 @@
 """The models of the fleet file: defaults, FluidMCP's files, what may leave the host."""
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
 import pytest
 from pydantic import ValidationError
 
-from recovery.core.fleet import Fleet, ModelSpec, Policy, digest
+from recovery.core.fleet import Fleet, FluidMcpModelKeys, ModelSpec, Policy, digest
 from recovery.core.fleet_file import fleet_schema, load_fleet_text
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -95,7 +96,15 @@ def test_what_leaves_the_host_holds_no_secret():
 
     assert secret not in spec.policy.model_dump_json()
     assert spec.policy.max_restarts == 7
-    assert secret not in repr(ModelSpec(command="vllm", env={"HF_TOKEN": secret}, api_key=secret))
+    assert secret not in repr(spec)
+
+
+def test_fluidmcps_own_keys_are_neither_kept_in_dumps_nor_shown():
+    fleet = load_fleet_text(json.dumps(FLUIDMCP))
+    shown = fleet.model_dump_json() + repr(fleet)
+
+    for foreign in ("mcpServers", "replicateModels", "github_token", *FluidMcpModelKeys.model_fields):
+        assert not re.search(rf'"{foreign}":|\b{foreign}=', shown), foreign
 
 
 def test_a_policy_from_a_row_reads_back():

@@ -121,6 +121,21 @@ def test_every_fault_is_told_at_once():
     }
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        model(comand="vllm", command=None, endpoints=None),
+        {"hosts": [7], "llmModels": {"m": GOOD, "n": {**GOOD, "host": "gpu-1"}}},
+        {**model(fallback="n"), "llmModels": {"m": {**GOOD, "fallback": "n"}, "n": {**GOOD, "command": 7}}},
+    ],
+    ids=["misspelt", "fleet", "fallback"],
+)
+def test_a_fault_invents_no_further_ones(data):
+    data["llmModels"]["m"] = {key: value for key, value in data["llmModels"]["m"].items() if value is not None}
+
+    assert len(problems(data)) == 1, problems(data)
+
+
 @pytest.mark.parametrize("bad_id", ["", "a/b", "..", ".hidden", "a b", "a:b", "x" * 65, "a\n", "ä", "a."])
 def test_ids_that_would_not_do_as_a_folder_or_key_are_refused(bad_id):
     assert any("the id must be" in line for line in problems({"llmModels": {bad_id: GOOD}}))

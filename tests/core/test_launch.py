@@ -85,6 +85,7 @@ def test_b01_health_is_asked_at_the_servers_root_not_below_v1(url, base, root):
         (["--max-model-len", "-1", "--x"], "--max-model-len", "2048", ["--max-model-len", "2048", "--x"]),
         (["--a", "1", "--b", "2", "--a=3"], "--a", "9", ["--a", "9", "--b", "2"]),
         (["--a-long", "1", "--a", "2"], "--a", "9", ["--a-long", "1", "--a", "9"]),
+        (["--a", "--b", "2"], "--a", "9", ["--a", "9", "--b", "2"]),
         (["m"], "--enforce-eager", None, ["m", "--enforce-eager"]),
         (["--enforce-eager", "m"], "--enforce-eager", None, ["--enforce-eager", "m"]),
         (["--no-enforce-eager", "m"], "--enforce-eager", None, ["--enforce-eager", "m"]),
