@@ -238,7 +238,10 @@ class Api:
         body = _body(exchange)
         self._check_model(body)
         body["model"] = body.get("model") or self._options.name
-        wanted = read_request(body, chat, self._options.max_model_len, self._options.default_max_tokens)
+        try:
+            wanted = read_request(body, chat, self._options.max_model_len, self._options.default_max_tokens)
+        except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
+            raise ApiError(400, f"Invalid request: {error!r}") from None
         self._check_serving()
         poison = self._faults.poison
         generation = Generation(wanted, self.requests)
@@ -302,7 +305,7 @@ class Api:
         return True
 
     async def _admin_state(self, exchange: Exchange) -> None:
-        options = {name: value for name, value in vars(self._options).items() if name not in {"faults", *FAULT_NAMES}}
+        options = {name: value for name, value in vars(self._options).items() if name not in {"faults", *FAULT_NAMES} and value is not None}
         state = {
             "pid": os.getpid(),
             "engine_pid": self._link.pid,

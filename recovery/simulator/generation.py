@@ -39,6 +39,7 @@ class Choice:
     decoder: Decoder = field(default_factory=Decoder)
     held: str = ""
     made: int = 0
+    received: int = 0
     first: float = 0.0
     last: float = 0.0
     done: bool = False
@@ -47,9 +48,9 @@ class Choice:
         """Text, ids, finish reason and the stop string that ended it; text that may begin a stop string is held back."""
         self.made += len(tokens)
         if not self.stops:
-            return self.decoder.feed(tokens, final=reason is not None), tokens, reason, None
+            return self.decoder.feed(tokens), tokens, reason, None
         for count, token in enumerate(tokens, 1):
-            self.held += self.decoder.feed([token], final=reason is not None and count == len(tokens))
+            self.held += self.decoder.feed([token])
             found = min(((at, stop) for stop in self.stops if (at := self.held.find(stop)) >= 0), default=None)
             if found:
                 at, stop = found
@@ -170,10 +171,11 @@ class Requests:
                 choice.first = now
                 metrics.ttft.observe(now - choice.began)
             choice.last = now
+            choice.received += len(tokens)
             sink.put(choice, tokens, reason)
             if reason:
                 del self._live[name]
-                metrics.request_finished(reason, choice.began, choice.first, now, len(choice.prompt), choice.made + len(tokens))
+                metrics.request_finished(reason, choice.began, choice.first, now, len(choice.prompt), choice.received)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +253,8 @@ def read_request(body: Json, chat: bool, max_model_len: int, default_max_tokens:
     """What the request wants; `ApiError` 400 with vLLM's words where it makes no sense."""
     prompts = [_messages(body)] if chat else _prompts(body)
     for prompt in prompts:
-        if bad := next((token for token in prompt if not 0 <= token < VOCABULARY), None):
+        bad = next((token for token in prompt if not 0 <= token < VOCABULARY), None)
+        if bad is not None:
             raise ApiError(400, f"Token id {bad} is out of vocabulary", param="prompt")
     longest = max(map(len, prompts))
     room = max_model_len - longest

@@ -1,6 +1,7 @@
 """HTTP/1.1 on a raw asyncio protocol: keep-alive, pipelining in order, chunked streams."""
 
 import asyncio
+import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -165,7 +166,12 @@ class Connection(asyncio.Protocol):
         try:
             while self._queue and self._transport:
                 exchange = self._queue.popleft()
-                await self._handler(exchange)
+                try:
+                    await self._handler(exchange)
+                except Exception:  # a fault of the simulator's own: as loud as a server's, and the process lives
+                    traceback.print_exc()
+                    self.abort()
+                    return
                 if not exchange.keep_alive:
                     self.close()
                     return

@@ -32,6 +32,7 @@ class Link:
         self.on_report: Callable[[Message], None] = lambda report: None
         self.on_death: Callable[[bool], None] = lambda on_request: None
         self._asked: dict[int, asyncio.Future[Any]] = {}
+        self._questions = 0
 
     def send(self, message: Message) -> None:
         raise NotImplementedError
@@ -42,14 +43,15 @@ class Link:
 
     async def ask(self, what: str, value: Any = None) -> Any:
         """A round trip through the engine; it waits as long as the engine is stopped."""
-        number = len(self._asked) + 1
+        self._questions += 1
+        number = self._questions
         future = self._asked[number] = asyncio.get_running_loop().create_future()
         self.send({"t": "ask", "id": number, "what": what, "value": value})
         return await future
 
     def _take(self, message: Message) -> None:
         if "u" in message:
-            future = self._asked.get(message["u"])
+            future = self._asked.pop(message["u"], None)
             if future and not future.done():
                 future.set_result(message["v"])
         elif "ready" in message:

@@ -138,7 +138,10 @@ def _parser() -> _Parser:
     add("--disable-uvicorn-access-log", action="store_true")
     add("--disable-access-log-for-endpoints", type=lambda text: [part for part in text.split(",") if part], default=[])
     for flag in IGNORED_FLAGS:
-        add(f"--{flag}", nargs="*", default=None, help=argparse.SUPPRESS)
+        if flag.startswith(("enable-", "no-enable-", "disable-")) or flag in ("async-scheduling", "trust-remote-code"):
+            add(f"--{flag}", action="store_const", const=True, help=argparse.SUPPRESS)
+        else:
+            add(f"--{flag}", nargs="+", default=None, help=argparse.SUPPRESS)
 
     own = parser.add_argument_group("the simulator's own").add_argument
     own("--admin", action="store_true", help="bind /admin/state and /admin/fault")

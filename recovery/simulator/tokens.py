@@ -108,8 +108,8 @@ def encode(text: str) -> list[int]:
 
 
 def decode(tokens: Iterable[int]) -> str:
-    """The text of `tokens`; bytes that are no character become U+FFFD."""
-    return b"".join(PIECES[token] for token in tokens).decode("utf-8", "replace")
+    """The text of `tokens`; bytes that are no character become U+FFFD, a character not ended is left out, as vLLM does."""
+    return Decoder().feed(tokens)
 
 
 class Decoder:
@@ -118,8 +118,8 @@ class Decoder:
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def feed(self, tokens: Iterable[int], final: bool = False) -> str:
-        return self._decoder.decode(b"".join(PIECES[token] for token in tokens), final)
+    def feed(self, tokens: Iterable[int]) -> str:
+        return self._decoder.decode(b"".join([PIECES[token] for token in tokens]))
 
 
 def render_chat(messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, continue_final_message: bool = False) -> str:
