@@ -1,0 +1,415 @@
+"""One client's connection: HTTP/1.1 taken apart strictly, bounded in every direction, answered in order."""
+
+import asyncio
+from collections import deque
+from time import perf_counter
+from typing import TYPE_CHECKING, Protocol, cast
+
+import httptools
+
+from recovery.frontdoor.keys import Account
+from recovery.frontdoor.wire import CONTINUE, HOP_BY_HOP, LAST_CHUNK, error_body, response, status_line
+
+if TYPE_CHECKING:
+    from recovery.frontdoor.door import Door
+
+LINGER_S = 1.0
+CLOSE = b"connection: close\r\n"
+DROPPED = HOP_BY_HOP | {b"host", b"content-length", b"authorization", b"accept-encoding", b"x-request-id", b"expect"}
+"""Fields of a request that are not passed on as they are. Compressed answers could not be read here."""
+
+
+class Served(Protocol):
+    """Whatever answers a request: an exchange or an upload."""
+
+    def client_full(self, full: bool) -> None: ...
+
+    def abandon(self) -> None: ...
+
+
+class Body(Protocol):
+    """Whatever takes a body as it comes."""
+
+    def body_data(self, data: bytes) -> None: ...
+
+    def body_ends(self) -> None: ...
+
+
+class Request:
+    """One request as far as it has been read."""
+
+    __slots__ = (
+        "authorization", "began", "body", "chunked", "close", "headed", "host", "http10", "length", "lines", "media", "method", "named",
+        "parts", "path", "query", "received", "request_id", "sink", "target", "upload", "whole",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.began = perf_counter()
+        self.method = self.target = self.path = self.query = self.media = self.request_id = self.body = b""
+        self.authorization: bytes | None = None
+        self.lines: list[bytes] = []
+        self.named: list[bytes] = []
+        """Fields that the Connection header names: hop-by-hop too."""
+        self.parts: list[bytes] = []
+        self.length = -1
+        self.received = self.host = 0
+        self.chunked = self.close = self.headed = self.http10 = self.upload = self.whole = False
+        self.sink: Body | None = None
+
+
+class Refusal(Exception):
+    """A request that is answered with an error. Raised while it is being read, it also ends the connection."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None, lines: tuple[bytes, ...] = ()) -> None:
+        super().__init__(message)
+        self.status, self.message, self.lines = status, message, lines
+        self.body = error_body(status, message, code, param)
+
+
+class Client(asyncio.Protocol):
+    """One connection. Requests are answered one by one, in order; what is pipelined waits, within bounds."""
+
+    __slots__ = (
+        "_ahead", "_closing", "_door", "_expects", "_head_began", "_head_bytes", "_head_fields", "_parser", "_pending_head", "_reading",
+        "_refusal", "_request", "_todo", "account", "active", "active_request", "dead", "key_name", "paused", "paused_at", "peer",
+        "raw_answer", "since", "transport",
+    )  # fmt: skip
+
+    def __init__(self, door: "Door") -> None:
+        self._door = door
+        self._parser = httptools.HttpRequestParser(self)
+        self._request: Request | None = None
+        self._todo: deque[Request | Refusal] = deque()
+        self._ahead = bytearray()
+        self._refusal: Refusal | None = None
+        self._pending_head = b""
+        self._head_bytes = self._head_fields = 0
+        self._closing = self._expects = self.dead = self.paused = self.raw_answer = False
+        self._reading = True
+        self.active: Served | None = None
+        self.active_request: Request | None = None
+        self.account: Account | None = None
+        self.key_name = self.peer = ""
+        self.paused_at = self._head_began = 0.0
+
+    # --- the transport ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        peer = transport.get_extra_info("peername")
+        self.peer = self.key_name = peer[0] if isinstance(peer, tuple) else "local"
+        self.since = self._door.now()
+        self._door.joined(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.dead = True
+        self._door.left(self)
+        if self.active is not None:
+            self.active.abandon()
+
+    def pause_writing(self) -> None:
+        self.paused, self.paused_at = True, self._door.now()
+        if self.active is not None:
+            self.active.client_full(True)
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        if self.active is not None:
+            self.active.client_full(False)
+
+    def data_received(self, data: bytes) -> None:
+        if self._closing:
+            return
+        if self.active is not None and (self._request is None or self._request.sink is None):
+            self._ahead += data  # pipelined: read when the answer is out
+            if len(self._ahead) > self._door.settings.max_ahead_bytes:
+                self.hold_reading(True)
+            return
+        self._read(data)
+
+    def _read(self, data: bytes) -> None:
+        request = self._request
+        if request is None and self._head_began == 0.0:
+            self._head_began = self._door.now()
+        in_head = request is not None and not request.headed
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._refuse(Refusal(501, "cannot upgrade a connection"))
+        except httptools.HttpParserError as error:
+            cause = error.__context__
+            refusal = self._refusal or (cause if isinstance(cause, Refusal) else None)
+            self._refuse(refusal or Refusal(400, f"malformed request: {error}"))
+        else:
+            if in_head and self._request is request and request is not None and not request.headed:
+                self._head_bytes += len(data)
+                if self._head_bytes > 2 * (self._door.settings.max_header_bytes + self._door.settings.max_url_bytes):
+                    self._refuse(Refusal(431, "request headers too large"))
+
+    def hold_reading(self, hold: bool) -> None:
+        """Stop or go on reading from the client."""
+        if hold == self._reading and not self.transport.is_closing():
+            self._reading = not hold
+            if hold:
+                self.transport.pause_reading()
+            else:
+                self.transport.resume_reading()
+
+    # --- the parser ---
+
+    def on_message_begin(self) -> None:
+        self._request = Request()
+        self._head_began = self._door.now()
+        self._head_bytes = self._head_fields = 0
+        self._expects = False
+
+    def on_url(self, url: bytes) -> None:
+        request = self._request
+        assert request is not None
+        request.target += url
+        if len(request.target) > self._door.settings.max_url_bytes:
+            self._reject(414, "URL too long")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        request = self._request
+        assert request is not None
+        self._head_fields += 1
+        self._head_bytes += len(name) + len(value) + 4
+        settings = self._door.settings
+        if self._head_bytes > settings.max_header_bytes or self._head_fields > settings.max_headers:
+            self._reject(431, "request headers too large")
+        if request.headed:  # a trailer: no use for any
+            return
+        lower = name.lower()
+        if lower not in DROPPED:
+            if lower == b"content-type":
+                request.media = value
+            request.lines.append(b"%b: %b\r\n" % (name, value))
+        elif lower == b"host":
+            request.host += 1
+        elif lower == b"content-length":
+            if not value.isdigit() or len(value) > 18 or request.length >= 0:
+                self._reject(400, "malformed Content-Length")
+            request.length = int(value)
+        elif lower == b"transfer-encoding":
+            if value.strip().lower() != b"chunked" or request.chunked:
+                self._reject(501, "only chunked transfer encoding is known")
+            request.chunked = True
+        elif lower == b"authorization":
+            request.authorization = value
+        elif lower == b"x-request-id":
+            request.request_id = value[:128]
+        elif lower == b"connection":
+            request.named += [token.strip() for token in value.lower().split(b",")]
+        elif lower == b"expect":
+            if value.lower() != b"100-continue":
+                self._reject(417, "unknown expectation")
+            self._expects = True
+
+    def on_headers_complete(self) -> None:
+        request = self._request
+        assert request is not None
+        request.headed = True
+        self._head_began = 0.0
+        self.since = self._door.now()
+        request.method = self._parser.get_method()
+        version = self._parser.get_http_version()
+        if version not in ("1.1", "1.0"):
+            self._reject(505, "only HTTP/1.1 and 1.0 are known")
+        request.http10 = version == "1.0"
+        if request.chunked and (request.length >= 0 or request.http10):
+            self._reject(400, "Content-Length and Transfer-Encoding contradict each other")
+        if request.host != 1 and not (request.http10 and request.host == 0):
+            self._reject(400, "exactly one Host is needed")
+        if request.named and not {b"keep-alive", b"close"}.issuperset(request.named):
+            request.lines = [line for line in request.lines if line.split(b":", 1)[0].lower() not in request.named]
+        request.close = not self._parser.should_keep_alive()
+        self._split_target(request)
+        refusal = self._door.admit_head(self, request)
+        if refusal is not None:
+            self._raise(refusal)
+        if self._expects and self.active is None and not self._todo:
+            self.transport.write(CONTINUE)
+
+    def _split_target(self, request: Request) -> None:
+        target = request.target
+        if not target.startswith(b"/") and target != b"*":
+            scheme, _, rest = target.partition(b"://")
+            if scheme.lower() not in (b"http", b"https") or not rest:
+                self._reject(400, "malformed request target")
+            target = b"/" + rest.partition(b"/")[2]
+        request.target = target = target.partition(b"#")[0]
+        request.path, _, request.query = target.partition(b"?")
+
+    def on_body(self, data: bytes) -> None:
+        request = self._request
+        if request is None:
+            return
+        request.received += len(data)
+        if request.sink is not None:
+            request.sink.body_data(data)
+            return
+        request.parts.append(data)
+        refusal = self._door.admit_body(self, request)
+        if refusal is not None:
+            self._raise(refusal)
+
+    def on_message_complete(self) -> None:
+        request = self._request
+        assert request is not None
+        self._request = None
+        self.since = self._door.now()
+        request.whole = True
+        if request.sink is not None:
+            request.sink.body_ends()
+            return
+        request.body = b"".join(request.parts)
+        request.parts = []
+        self._todo.append(request)
+        if self.active is None:
+            self._next()
+
+    def _reject(self, status: int, message: str) -> None:
+        self._raise(Refusal(status, message))
+
+    def _raise(self, refusal: Refusal) -> None:
+        self._refusal = refusal
+        raise refusal
+
+    # --- answering ---
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """The rest of what comes is not to be trusted: answer what is complete, then this, then close."""
+        self._request = None
+        self._closing = True
+        self._ahead.clear()
+        self._todo.append(refusal)
+        if self.active is None:
+            self._next()
+        elif isinstance(self.active_request, Request) and not self.active_request.whole:
+            self.abort()  # the body of the request being answered is broken off
+
+    def _next(self) -> None:
+        while self.active is None and not self.dead:
+            if self._todo:
+                request = self._todo.popleft()
+                if isinstance(request, Refusal):
+                    self._door.meters.refused[request.status] += 1
+                    self.transport.write(response(request.status, request.body, close=True))
+                    self._linger()
+                    return
+                self._serve(request)
+            elif self._ahead and not self._closing:
+                data, self._ahead = bytes(self._ahead), bytearray()
+                self.hold_reading(False)
+                self._read(data)
+                if not self._todo:
+                    return
+            else:
+                return
+
+    def _linger(self) -> None:
+        """Close so that the answer arrives: what the client still sends is read and dropped for a moment, or a reset would overtake it."""
+        self._closing = True
+        self.hold_reading(False)
+        if self.transport.can_write_eof() and not self.transport.is_closing():
+            self.transport.write_eof()
+        self._door.loop.call_later(LINGER_S, self.transport.close)
+
+    def _serve(self, request: Request) -> None:
+        self.active_request = request
+        self._door.serve(self, request)
+
+    def start_body(self, request: Request, served: Served, sink: Body) -> None:
+        """Have a request answered whose body is still coming."""
+        self.active, self.active_request, request.sink = served, request, sink
+
+    def answering(self, served: Served) -> None:
+        """Note who answers the request."""
+        self.active = served
+
+    def reply(self, status: int, lines: list[bytes], body: bytes) -> None:
+        """Send a whole answer."""
+        end = (b"content-length: %d\r\n" % len(body), CLOSE if self._must_close() else b"", b"\r\n", body)
+        self._write(b"".join((status_line(status), *lines, *end)))
+
+    def begin(self, status: int, lines: list[bytes]) -> None:
+        """Begin an answer whose length is unknown; the head goes out with the first bytes."""
+        request = self.active_request
+        self.raw_answer = request is not None and request.http10
+        if self.raw_answer:
+            assert request is not None
+            request.close = True
+        framing = b"" if self.raw_answer else b"transfer-encoding: chunked\r\n"
+        self._pending_head = b"".join((status_line(status), *lines, framing, CLOSE if self._must_close() else b"", b"\r\n"))
+
+    def send(self, data: bytes) -> None:
+        """Send bytes of such an answer; empty ones only send the head."""
+        head, self._pending_head = self._pending_head, b""
+        if not data:
+            self._write(head)
+        elif self.raw_answer:
+            self._write(head + data)
+        else:
+            self._write(b"%b%x\r\n%b\r\n" % (head, len(data), data))
+
+    def end(self) -> None:
+        """End such an answer."""
+        head, self._pending_head = self._pending_head, b""
+        self._write(head if self.raw_answer else head + LAST_CHUNK)
+
+    def _write(self, data: bytes) -> None:
+        if data and not self.dead:
+            self.transport.write(data)
+
+    def _must_close(self) -> bool:
+        request = self.active_request
+        if self._door.draining and request is not None:
+            request.close = True
+        return request is None or request.close
+
+    def abort(self) -> None:
+        """Cut the connection: the only way to say that a half-sent body is no answer."""
+        self.transport.abort()
+
+    def exchange_over(self, served: Served) -> None:
+        """The answer is out: go on with what the client has sent meanwhile, or close."""
+        if self.active is not served:
+            return
+        request, self.active, self.active_request = self.active_request, None, None
+        self.since = self._door.now()
+        if request is not None and (request.close or not request.whole):
+            self._closing = True
+            self.transport.close()
+        elif not self.dead and (self._todo or self._ahead):
+            self._door.loop.call_soon(self._next)
+
+    def answer_now(self, status: int, body: bytes, lines: tuple[bytes, ...] = (), head: bool = False) -> None:
+        """Answer at once, without a replica."""
+        request = self.active_request
+        close = self._must_close()
+        self._write(response(status, body, headers=b"".join(lines), close=close, head=head))
+        self.active_request = None
+        if close or (request is not None and not request.whole):
+            self._linger()
+
+    # --- time-outs ---
+
+    def overdue(self, now: float) -> None:
+        """Close the connection if the client takes too long over something; called a few times a second."""
+        settings = self._door.settings
+        if self.paused and now - self.paused_at > settings.stalled_client_s:
+            self.abort()
+        elif self._head_began and now - self._head_began > settings.header_timeout_s:
+            self._late("request headers did not arrive in time")
+        elif self._request is not None and not self._head_began:
+            if self._reading and now - self.since > settings.body_timeout_s + self._request.received / 10_000:
+                self._late("request body did not arrive in time")
+        elif self.active is None and not self._todo and now - self.since > settings.idle_timeout_s:
+            self.transport.close()
+
+    def _late(self, message: str) -> None:
+        if self.active is None:
+            self._refuse(Refusal(408, message))
+        elif self.active_request is not None and not self.active_request.whole:
+            self.abort()
