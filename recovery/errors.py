@@ -46,7 +46,11 @@ class StoreUnavailableError(RecoveryError):
 
 
 class SpawnError(RecoveryError):
-    """The server could not be started at all; counts as a failed start."""
+    """The server could not be started at all; counts as a failed start. `retry`: whether trying again can help."""
+
+    def __init__(self, message: str, *, retry: bool = True) -> None:
+        super().__init__(message)
+        self.retry = retry
 
 
 class DiskError(RecoveryError):

@@ -2,10 +2,12 @@
 One small Protocol per outside thing. Adapters fill them; the service knows nothing else of the world.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
 from recovery.core.change import Change, Commit, Count, Incident, ModelEvent
+from recovery.core.host import HostRecord, HostView, PortHolder, RunRecord
 from recovery.core.instance import Instance
 
 Queue = Literal["steps", "looks"]
@@ -118,3 +120,73 @@ class Store(Protocol):
 
     def queue_depths(self, queues: Sequence[str]) -> dict[str, int]:
         """Return how many messages wait in each Celery queue."""
+
+
+class Sender(Protocol):
+    """The task queue. Sending is a hint, the row is the truth: a send that fails is told, never raised."""
+
+    def send(self, task: str, kwargs: dict[str, Any], *, queue: str, countdown_s: float = 0.0, expires_s: float = 60.0) -> str | None:
+        """Publish a task and return its id; None when the broker did not take it."""
+
+
+class Host(Protocol):
+    """The processes and files of one GPU host (`adapters/processes.py`). Raises `DiskError`, `SpawnError`, `LeaseHeldError`."""
+
+    def instances(self) -> tuple[str, ...]:
+        """Return the instances this host's disk knows."""
+
+    def read_record(self, instance: str) -> HostRecord:
+        """Return host.json; an empty record when there is none."""
+
+    def write_record(self, instance: str, record: HostRecord) -> None:
+        """Write host.json by rename, synced."""
+
+    def step_lock(self, instance: str) -> AbstractContextManager[None]:
+        """Serialise the steps of an instance on this host; raise `LeaseHeldError` at once when held."""
+
+    def look(self, instance: str) -> HostView:
+        """Return what is there of an instance."""
+
+    def spawn(
+        self,
+        instance: str,
+        token: int,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        *,
+        kill_deadline_s: float,
+        log_bytes: int,
+        log_files: int,
+        keep_logs: int,
+    ) -> RunRecord:
+        """Start a keeper with this run; raise `SpawnError`, `DiskError` or `LeaseHeldError`."""
+
+    def adopt(self, instance: str) -> RunRecord:
+        """Start a keeper for a server whose keeper died."""
+
+    def terminate(self, instance: str, token: int) -> bool:
+        """Send SIGTERM to the run's main process."""
+
+    def kill(self, instance: str, token: int) -> Any:
+        """Send SIGKILL to everything of the run."""
+
+    def end_strays(self, instance: str) -> Any:
+        """Send SIGKILL to what is left of runs that are over."""
+
+    def keeper_pidfd(self, instance: str) -> int | None:
+        """Return a pidfd of the live keeper."""
+
+    def port_holder(self, port: int) -> PortHolder | None:
+        """Return who listens on a port of this host."""
+
+    def listens(self, instance: str, port: int) -> bool:
+        """True when the LISTEN socket belongs to this instance's run."""
+
+    def cpu_seconds(self, instance: str) -> float | None:
+        """Return the CPU time of the run's process tree."""
+
+    def read_log(self, instance: str, token: int, max_bytes: int) -> str:
+        """Return a run's log, its head and its tail when it is longer."""
+
+    def protect(self, instance: str, token: int) -> None:
+        """Keep the log of this run: the first failing one of a crash loop."""

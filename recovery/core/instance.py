@@ -21,7 +21,7 @@ SCHEMA = 1
 class Value(BaseModel):
     """A frozen value that changes through one validating door."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", revalidate_instances="never")
 
     def evolve(self, **changes: Any) -> Self:
         """Return a validated copy with `changes`; unknown fields are errors."""
@@ -69,6 +69,7 @@ class ProbeMemory(Value):
     steps_at: float | None = Field(None, description="when that value was first seen: no progress since then")
     cpu_s: float | None = Field(None, description="CPU seconds of the process tree at the last look")
     cpu_at: float | None = None
+    cpu_cores: float | None = Field(None, description="cores used between the last two readings")
     asleep: bool = False
 
 
@@ -114,6 +115,9 @@ class Instance(Value):
     term_at: float | None = Field(None, description="first SIGTERM of the stop under way")
     kill_at: float | None = Field(None, description="first SIGKILL of the stop under way")
     drain_since: float | None = None
+    restart_at: float | None = Field(None, description="while RECYCLING: when the next start is due")
+    gives_up: bool = Field(False, description="while RECYCLING: no start follows")
+    forgiven: float = Field(0.0, description="when the budget was last cleared; the host's record carries the same")
 
     probe: ProbeMemory = ProbeMemory()
     last_exit: LastExit | None = None

@@ -1,0 +1,81 @@
+"""
+Load, decide, commit, tell: the one path on which a row changes.
+
+A refused commit (somebody was faster) is read and decided again. A commit that makes a step due sends its message;
+the message is the fast path and may be lost, the row is the net.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from recovery.core import incidents
+from recovery.core.change import Commit
+from recovery.core.commanding import Refused
+from recovery.core.decision import Decision
+from recovery.core.instance import Instance
+from recovery.core.states import State
+from recovery.errors import LeaseHeldError, VersionConflictError
+from recovery.ports import Sender, Store
+
+TRIES = 20
+"""Commits of one row collide only with another hand's on the same row; losing twenty in a row means something is wrong."""
+MESSAGE_LIFE_S = 60.0
+"""Celery compares `expires` with host clocks: it only takes out rubbish, so it is generous (DESIGN.md, Clocks)."""
+
+Decide = Callable[[Instance, float], Decision | Refused | None]
+
+
+class Committer:
+    """Applies decisions to rows and sends what becomes due. Thread-safe; holds no state."""
+
+    def __init__(self, store: Store, sender: Sender) -> None:
+        self._store = store
+        self._sender = sender
+
+    def apply(self, instance_id: str, decide: Decide, *, send: bool = True) -> Decision | Refused | None:
+        """Commit what `decide` says of the row as it is now; None when there is no row or nothing to decide."""
+        for _ in range(TRIES):
+            row = self._store.load(instance_id)
+            if row is None:
+                return None
+            now = self._store.now()
+            decision = decide(row, now)
+            if decision is None or isinstance(decision, Refused):
+                return decision
+            try:
+                return self._commit(row, decision, now, send=send)
+            except VersionConflictError:
+                continue
+        raise LeaseHeldError(
+            f"cannot change {instance_id}: its row changed {TRIES} times while it was decided about; the next tick looks again"
+        )
+
+    def create(self, row: Instance) -> Instance:
+        """Write a row that must not exist yet; raise `VersionConflictError` when somebody else made it."""
+        made = self._store.commit(Commit(after=row, expected_version=0))
+        if made.due is not None:
+            self.deliver(made, self._store.now())
+        return made
+
+    def _commit(self, row: Instance, decision: Decision, now: float, *, send: bool) -> Decision:
+        current = self._store.incident(row.incident) if row.incident else None
+        decision, incident = incidents.follow(row, decision, current, now)
+        if decision.after == row and not decision.events and not decision.counts:
+            return decision
+        commit = Commit(
+            after=decision.after, expected_version=row.version, events=decision.events, counts=decision.counts, incident=incident
+        )
+        decision = decision.evolve(after=self._store.commit(commit))
+        if send and decision.after.due is not None and decision.after.due != row.due:
+            self.deliver(decision.after, now)
+        return decision
+
+    def deliver(self, row: Instance, now: float) -> str | None:
+        """Send the message of the row's step: a delayed restart that Flower shows with its reason, or a step."""
+        wait_s = max(0.0, row.not_before - now)
+        queue = f"gpu.{row.placement.host}"
+        if row.state is not State.RESTARTING:
+            kwargs: dict[str, Any] = {"instance": row.id, "token": row.token}
+            return self._sender.send("recovery.step_instance", kwargs, queue=queue, countdown_s=wait_s, expires_s=wait_s + MESSAGE_LIFE_S)
+        kwargs = {"instance": row.id, "token": row.token, "attempt": row.attempt, "delay": round(wait_s, 3), "reason": row.reason[:300]}
+        return self._sender.send("recovery.restart_instance", kwargs, queue=queue, countdown_s=wait_s, expires_s=wait_s + MESSAGE_LIFE_S)

@@ -1,0 +1,144 @@
+"""
+How a row comes to be, from the fleet file and from what its host's disk remembers.
+
+Only the host's own worker makes rows. A Redis that lost everything is filled again from the disks: the higher
+token wins, a live server is taken over, and nothing is started that a human stopped or a spent budget left down.
+"""
+
+from recovery.core.commanding import Command, Verb, on_command
+from recovery.core.decision import Decision, due_at
+from recovery.core.fleet import InstancePlan, ModelSpec, Placement
+from recovery.core.host import HostRecord, HostView
+from recovery.core.instance import Desired, Instance
+from recovery.core.launch import Override
+from recovery.core.states import State
+
+RESTS = {"failed": State.FAILED, "completed": State.COMPLETED, "stopped": State.STOPPED}
+
+
+def new_row(
+    plan: InstancePlan,
+    spec: ModelSpec,
+    *,
+    digest: str,
+    base_url: str | None,
+    hosts: tuple[str, ...],
+    view: HostView,
+    known: bool,
+    now: float,
+) -> Instance:
+    """
+    The row of an instance that Redis does not know. `known` says whether the disk remembers it.
+
+    New to both: wanted running when the file says `autostart`. Known to the disk: as the disk says.
+    """
+    record = view.record
+    row = Instance(
+        id=plan.id,
+        model=plan.model,
+        replica=plan.replica,
+        policy=spec.policy,
+        placement=_placement(plan.placement, record) if known else plan.placement,
+        hosts=hosts,
+        base_url=base_url,
+        spec_digest=digest,
+        entered_at=now,
+        token=max(record.token + 1, int(now * 1e6)),
+    )
+    if not known:
+        wanted = {"desired": Desired.RUNNING, "state": State.RESTARTING, "reason": "first start", **due_at(now)}
+        return row.evolve(**wanted) if spec.autostart else row.evolve(reason="autostart is off")
+    row = remembered(row, record)
+    if view.server_alive and view.run is not None:
+        state = State.STARTING if record.desired == "running" else State.STOPPING
+        alive = {"run": view.run.token, "token": max(record.token, view.run.token), "spawned_at": now, "state": state, "look_at": now}
+        row = row.evolve(**alive, desired=record.desired, reason="found alive on its host", last_ended=record.last_ended)
+        return row.evolve(look_at=None, **due_at(now)) if state is State.STOPPING else row
+    if record.desired == "stopped":
+        return row.evolve(desired=Desired.STOPPED, state=State.STOPPED, last_ended=record.token, reason="stopped, as its host remembers")
+    if record.rest in RESTS:
+        return row.evolve(desired=record.desired, state=RESTS[record.rest], last_ended=record.token, reason="as its host remembers")
+    if spec.policy.max_restarts and row.used >= spec.policy.max_restarts and record.last_ended >= record.token:
+        return row.evolve(
+            desired=Desired.RUNNING, state=State.FAILED, last_ended=record.token, reason="budget spent, as its host remembers"
+        )
+    return row.evolve(
+        desired=Desired.RUNNING, state=State.RESTARTING, last_ended=record.last_ended, reason="found down on its host", **due_at(now)
+    )
+
+
+def remembered(row: Instance, record: HostRecord) -> Instance:
+    """The row raised to what the host has seen: the higher token and the larger use of the budget win."""
+    changes: dict[str, object] = {}
+    if record.token > row.token:
+        changes["token"] = record.token
+    if record.forgiven > row.forgiven:
+        changes |= {"used": record.used, "attempt": record.attempt, "manual": record.manual, "forgiven": record.forgiven}
+    elif record.forgiven == row.forgiven:
+        for name in ("used", "attempt", "manual"):
+            if getattr(record, name) > getattr(row, name):
+                changes[name] = getattr(record, name)
+    if record.restarts_total > row.restarts_total:
+        changes["restarts_total"] = record.restarts_total
+    if record.overrides and not row.overrides and record.forgiven >= row.forgiven:
+        changes["overrides"] = tuple(Override.model_validate(raw) for raw in record.overrides)
+    return row.evolve(**changes) if changes else row
+
+
+def recorded(row: Instance, record: HostRecord, *, started_at: float | None = None) -> HostRecord:
+    """The host's record brought up to the row; `started_at` adds a start (Unix seconds)."""
+    starts = record.starts if record.forgiven == row.forgiven else ()
+    rest = row.state.value if row.state in RESTS.values() else None
+    return record.model_copy(
+        update={
+            "token": max(record.token, row.token),
+            "desired": row.desired.value,
+            "last_ended": max(record.last_ended, row.last_ended),
+            "starts": (*starts, started_at)[-1000:] if started_at is not None else starts,
+            "overrides": tuple(override.model_dump(mode="json") for override in row.overrides),
+            "used": row.used,
+            "attempt": row.attempt,
+            "manual": row.manual,
+            "restarts_total": row.restarts_total,
+            "forgiven": row.forgiven,
+            "rest": rest,
+            "port": row.placement.port,
+            "gpus": row.placement.gpus,
+        }
+    )
+
+
+def changed(
+    row: Instance, planned: InstancePlan, spec: ModelSpec, *, digest: str, base_url: str | None, hosts: tuple[str, ...]
+) -> Decision | None:
+    """The decision that brings a changed fleet file's policy into the row; None when nothing changed."""
+    after = _respecified(row, planned, spec, digest=digest, base_url=base_url, hosts=hosts)
+    return Decision(after=after, reason="the fleet file changed") if after is not None else None
+
+
+def retired(row: Instance, now: float) -> Decision | None:
+    """A model that left the fleet file is stopped in good order."""
+    decision = on_command(row, Command(verb=Verb.STOP, by="fleet file"), now)
+    return decision if isinstance(decision, Decision) else None
+
+
+def _respecified(
+    row: Instance, plan: InstancePlan, spec: ModelSpec, *, digest: str, base_url: str | None, hosts: tuple[str, ...]
+) -> Instance | None:
+    """The row with a changed fleet file's policy; None when nothing changed. A live server keeps its port and arguments."""
+    if row.spec_digest == digest and row.policy == spec.policy:
+        return None
+    changes: dict[str, object] = {"policy": spec.policy, "spec_digest": digest, "hosts": hosts}
+    if row.run is None:
+        changes |= {"placement": plan.placement, "base_url": base_url}
+    return row.evolve(**changes)
+
+
+def _placement(planned: Placement, record: HostRecord) -> Placement:
+    """The plan, with the port and GPUs the last start really used."""
+    changes: dict[str, object] = {}
+    if record.port is not None and planned.port is not None:
+        changes["port"] = record.port
+    if record.gpus is not None:
+        changes["gpus"] = record.gpus
+    return planned.model_copy(update=changes)

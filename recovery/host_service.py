@@ -1,0 +1,448 @@
+"""
+The use cases of one GPU host: start, stop, adopt, report an end, look. The only code that touches processes.
+
+Every step runs under the instance's `step.lock` and re-reads row and disk, so a late, lost or doubled message does
+no harm. The order is always: disk before row, row before deed.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from recovery.committing import Committer
+from recovery.core import joining, stepping
+from recovery.core.causes import Cause
+from recovery.core.decision import Action, Decision
+from recovery.core.diagnosis import Diagnosis, Evidence, diagnose, has_cuda_oom
+from recovery.core.failing import ExitSeen, Remedy, on_exit, on_spawn_failed, unkillable
+from recovery.core.fleet import Fleet, InstancePlan, ModelSpec, digest
+from recovery.core.fleet_plan import plan, spare_ports
+from recovery.core.host import ExitRecord, HostView
+from recovery.core.instance import Desired, Instance, Value
+from recovery.core.launch import Launch, launch
+from recovery.core.looking import Look, on_look
+from recovery.core.states import ENDING, PROBED, State
+from recovery.errors import DiskError, LeaseHeldError, SpawnError, StaleTokenError, VersionConflictError
+from recovery.ports import Host, Sender, Store
+
+CLAIM_S = 10.0
+"""Lease of a start: how long another hand keeps off; a spawn takes 12 ms, a step never more than 2 s."""
+DIAGNOSED_BYTES = 262_144
+"""What is read of a log at an exit; the line that tells is near an end of it."""
+
+
+class Started(Value):
+    """What became of a start: `retry` carries the new token when the task itself should try again."""
+
+    outcome: Literal["started", "adopted", "ended", "waits", "refused", "held", "failed", "retry"]
+    reason: str = ""
+    token: int | None = None
+    delay_s: float = 0.0
+    attempt: int = 0
+
+
+class Clocks(Value):
+    """This host's clocks and chance, handed in so that tests can move them."""
+
+    wall: Callable[[], float]
+    chance: Callable[[], float]
+
+
+class HostService:
+    """One GPU host. Thread-safe: what must not overlap is serialised by `step.lock` and by the row's version."""
+
+    def __init__(
+        self,
+        name: str,
+        store: Store,
+        sender: Sender,
+        host: Host,
+        fleet: Callable[[], Fleet],
+        clocks: Clocks,
+        operator_env: Mapping[str, str],
+        on_run: Callable[[str], None] = lambda _instance: None,
+    ) -> None:
+        self.name = name
+        self.store = store
+        self.host = host
+        self.fleet = fleet
+        self.clocks = clocks
+        self.on_run = on_run
+        self._env = operator_env
+        self._committer = Committer(store, sender)
+
+    # --- start ---------------------------------------------------------------------------------------------------
+
+    def start(self, instance_id: str, token: int) -> Started:
+        """Start run `token` of an instance, if that is still what is wanted and nothing of an older run is in the way."""
+        try:
+            with self.host.step_lock(instance_id):
+                return self._start(self.store.claim(instance_id, token, CLAIM_S))
+        except StaleTokenError as error:
+            return Started(outcome="refused", reason=str(error))
+        except LeaseHeldError as error:
+            return Started(outcome="held", reason=str(error))
+
+    def _start(self, row: Instance) -> Started:
+        found = self._spec_of(row)
+        if found is None:
+            return self._wait(row, f"host {self.name} has no model {row.model!r} in its fleet file", 5.0)
+        fleet, planned, spec = found
+        view = self.host.look(row.id)
+        raised = joining.remembered(row, view.record)
+        if raised != row:
+            self._apply(
+                row.id, lambda now_row, _: Decision(after=joining.remembered(now_row, view.record), reason="raised to the host's record")
+            )
+            if raised.token != row.token:
+                return Started(outcome="refused", reason="this host has seen a newer token; the row is raised")
+            row = raised
+        made = launch(spec, row.placement, row.overrides, self._env)
+        holder = self.host.port_holder(made.port) if made.port else None
+        verdict = stepping.before_start(row, view, port_free=holder is None, port_ours=holder is not None and holder.ours)
+        match verdict.kind:
+            case "refuse":
+                return Started(outcome="refused", reason=verdict.why)
+            case "adopt":
+                return self._adopt(row, view)
+            case "ended":
+                self._report_end(row.id, view)
+                return Started(outcome="ended", reason=verdict.why)
+            case "wait" if holder is not None and not holder.ours and not verdict.end_strays:
+                return self._port_taken(row, fleet, planned, spec, f"port {made.port} is held by {holder.name} (pid {holder.pid})")
+            case "wait":
+                if verdict.end_strays:
+                    self.host.end_strays(row.id)
+                return self._wait(row, verdict.why, stepping.LOOK_AGAIN_S)
+            case "spawn":
+                return self._spawn(row, fleet, made)
+
+    def _spawn(self, row: Instance, fleet: Fleet, made: Launch) -> Started:
+        try:
+            self.host.write_record(row.id, joining.recorded(row, self.host.read_record(row.id), started_at=self.clocks.wall()))
+            self.host.spawn(
+                row.id,
+                row.token,
+                made.argv,
+                made.env,
+                kill_deadline_s=row.policy.kill_deadline_s,
+                log_bytes=fleet.log_max_bytes // 2,
+                log_files=2,
+                keep_logs=fleet.log_runs_kept,
+            )
+        except SpawnError as error:
+            return self._spawn_failed(row, error)
+        except DiskError as error:
+            return self._spawn_failed(row, SpawnError(str(error)))
+        except LeaseHeldError as error:
+            return self._wait(row, str(error), stepping.LOOK_AGAIN_S)
+        return self._spawned(row, made, adopted=False)
+
+    def _spawned(self, row: Instance, made: Launch | None, *, adopted: bool) -> Started:
+        """The row learns of the server; a newer decision means that this server has to go again."""
+
+        def decide(now_row: Instance, now: float) -> Decision | None:
+            decision = stepping.on_spawned(now_row, row.token, now, adopted=adopted)
+            if decision is None or made is None:
+                return decision
+            placement = decision.after.placement.model_copy(update={"port": made.port})
+            return decision.evolve(after=decision.after.evolve(placement=placement, base_url=made.base_url))
+
+        if self._apply(row.id, decide) is None:
+            self.host.kill(row.id, row.token)
+            return Started(outcome="refused", reason="a newer decision was taken meanwhile; the server is ended again")
+        self.on_run(row.id)
+        return Started(outcome="adopted" if adopted else "started", token=row.token)
+
+    def _spawn_failed(self, row: Instance, error: SpawnError, *, retry: bool | None = None) -> Started:
+        again = error.retry if retry is None else retry
+        decision = self._apply(
+            row.id,
+            lambda now_row, now: on_spawn_failed(now_row, row.token, str(error), retry=again, now=now, u=self.clocks.chance()),
+            send=False,
+        )
+        if decision is None:
+            return Started(outcome="refused", reason="a newer decision was taken meanwhile")
+        self._remember(decision.after)
+        after = decision.after
+        if after.state is State.FAILED:
+            return Started(outcome="failed", reason=after.reason)
+        wait_s = max(0.0, after.not_before - self.store.now())
+        return Started(outcome="retry", reason=after.reason, token=after.token, delay_s=wait_s, attempt=after.attempt)
+
+    def _port_taken(self, row: Instance, fleet: Fleet, planned: InstancePlan, spec: ModelSpec, why: str) -> Started:
+        """A stranger's process is left alone: another port of the range is taken, or the start counts as failed."""
+        if spec.remedies and planned.placement.port is not None:
+            free = next((port for port in spare_ports(fleet, row.model, self.name) if self.host.port_holder(port) is None), None)
+            if free is not None:
+                why = f"{why}; taking port {free}"
+                moved = row.placement.model_copy(update={"port": free})
+                self._apply(row.id, lambda now_row, now: stepping.moved(now_row, row.token, moved, why, now))
+                return Started(outcome="waits", reason=why)
+        return self._spawn_failed(row, SpawnError(f"cannot start {row.id}: {why}; end it or give the model another port"), retry=True)
+
+    def _wait(self, row: Instance, why: str, wait_s: float) -> Started:
+        self._apply(row.id, lambda now_row, now: stepping.not_yet(now_row, why, now, wait_s) if now_row.token == row.token else None)
+        return Started(outcome="waits", reason=why)
+
+    def _adopt(self, row: Instance, view: HostView) -> Started:
+        if not view.keeper_alive:
+            self.host.adopt(row.id)
+        return self._spawned(row, None, adopted=True)
+
+    # --- stop ----------------------------------------------------------------------------------------------------
+
+    def step(self, instance_id: str) -> str:
+        """Take the next step of whatever the row says is due; returns what was done, for the task list."""
+        row = self.store.load(instance_id)
+        if row is None:
+            return "no such row"
+        if row.state is State.RESTARTING:
+            return self.start(instance_id, row.token).outcome
+        try:
+            with self.host.step_lock(instance_id):
+                return self._step(instance_id)
+        except LeaseHeldError:
+            return "held"
+
+    def _step(self, instance_id: str) -> str:
+        row = self.store.load(instance_id)
+        if row is None:
+            return "no such row"
+        view = self.host.look(instance_id)
+        if view.gone is not None and view.gone.left and view.strays and not view.keeper_alive:
+            left = ", ".join(f"{stray.name} (pid {stray.pid}, {stray.state})" for stray in view.strays)
+            text = f"cannot end {left}; look at it by hand, then reset"
+            decision = self._apply(instance_id, lambda now_row, now: unkillable(now_row, text, now) if now_row.state in ENDING else None)
+            return decision.reason if decision else "nothing"
+        if self._report_end(instance_id, view):
+            return "reported its end"
+        if row.state in ENDING or row.state in PROBED:
+            self.host.write_record(instance_id, joining.recorded(row, view.record))
+        in_flight = self.in_flight(row)
+        decision = self._apply(instance_id, lambda now_row, now: stepping.on_ending(now_row, view, in_flight, now))
+        if decision is None:
+            return "nothing to do"
+        self._act(decision, view)
+        if decision.after.state in (State.STOPPED, State.FAILED):
+            self._remember(decision.after)
+            if decision.after.desired is Desired.STOPPED:
+                self._forget_if_gone(decision.after)
+        return decision.reason
+
+    def _act(self, decision: Decision, view: HostView) -> None:
+        row = decision.after
+        run = view.run.token if view.run is not None else row.run
+        for action in decision.actions:
+            match action:
+                case Action.TERMINATE if run is not None:
+                    self.host.terminate(row.id, run)
+                case Action.KILL if run is not None:
+                    self.host.kill(row.id, run)
+                    self.host.end_strays(row.id) if not view.server_alive else None
+                case Action.END_STRAYS:
+                    self.host.end_strays(row.id)
+                case _:
+                    self._remember(row)
+
+    def in_flight(self, row: Instance) -> int | None:
+        """Requests that front doors have in flight at this instance; None when none of them reports."""
+        reports = self.store.get_many(f"door:{row.id}:")
+        return sum(int(report.get("in_flight", 0)) for report in reports.values()) if reports else None
+
+    # --- ends ----------------------------------------------------------------------------------------------------
+
+    def ended(self, instance_id: str) -> bool:
+        """
+        A keeper is gone: report how its run ended, or take over the server that outlived it.
+
+        True when nothing is left to be done; False = somebody else holds the step, look again.
+        """
+        try:
+            with self.host.step_lock(instance_id):
+                view = self.host.look(instance_id)
+                if view.server_alive and not view.keeper_alive:
+                    self.host.adopt(instance_id)
+                    self.on_run(instance_id)
+                    return True
+                self._report_end(instance_id, view)
+                return True
+        except LeaseHeldError:
+            return False
+
+    def _report_end(self, instance_id: str, view: HostView) -> bool:
+        """Commit the end of the newest run if it has ended and the row does not know yet. True when it did."""
+        record = view.ended(self.clocks.wall())
+        row = self.store.load(instance_id)
+        if record is None or row is None or not row.last_ended < record.token <= row.token:
+            return False
+        if view.strays:
+            self.host.end_strays(instance_id)
+        decision = self._end(row, record, view)
+        if decision is None:
+            return False
+        self._remember(decision.after)
+        if decision.failure is not None and decision.after.used <= 1:
+            self.host.protect(instance_id, record.token)
+        return True
+
+    def _end(self, row: Instance, record: ExitRecord, view: HostView) -> Decision | None:
+        seen = self._exit_seen(row, record, view)
+        return self._apply(row.id, lambda now_row, now: on_exit(now_row, seen, now, self.clocks.chance()))
+
+    def _raise(self, instance_id: str, view: HostView) -> None:
+        """Raise a row that is behind to what this host has seen: Redis lost its last second, or everything."""
+
+        def decide(row: Instance, _now: float) -> Decision:
+            return Decision(after=joining.remembered(row, view.record), reason="raised to the host's record")
+
+        self._apply(instance_id, decide)
+
+    def _exit_seen(self, row: Instance, record: ExitRecord, view: HostView) -> ExitSeen:
+        """The end of a run with its diagnosis. Ages are measured on this host's clock, instants are Redis' time."""
+        at = self.store.now() - max(0.0, self.clocks.wall() - record.at)
+        if view.rebooted():
+            return ExitSeen(token=record.token, at=at, unknown=True, rebooted=True, cause="host_reboot")
+        log = self.host.read_log(row.id, record.token, DIAGNOSED_BYTES).splitlines()
+        was_ready = row.ready_at is not None and row.run == record.token
+        stopping = row.desired is Desired.STOPPED or row.state not in PROBED
+        evidence = Evidence(exit_code=record.code, signal=record.signal, log=tuple(log), was_ready=was_ready, stopping=stopping)
+        found = diagnose(evidence)
+        return ExitSeen(
+            token=record.token,
+            at=at,
+            code=record.code,
+            signal=record.signal,
+            unknown=record.unknown,
+            clean=found.cause is Cause.CLEAN_EXIT,
+            cause=found.cause.value if found.cause is not None else "exit",
+            evidence=found.evidence[:500],
+            advice=found.advice,
+            cuda_oom=has_cuda_oom(log),
+            remedy=self._remedy(row, found),
+        )
+
+    def _remedy(self, row: Instance, found: Diagnosis) -> Remedy:
+        if found.cause is not None and not found.retry and row.policy.remedies:
+            return Remedy(kind="give_up", give_up=True, reason=f"{found.advice or found.cause.value}")
+        return Remedy()
+
+    def _remember(self, row: Instance) -> None:
+        """Bring the host's own record up to the row: what it needs to know when Redis has forgotten."""
+        self.host.write_record(row.id, joining.recorded(row, self.host.read_record(row.id)))
+
+    # --- looks ---------------------------------------------------------------------------------------------------
+
+    def looked(self, instance_id: str, look: Look) -> None:
+        """Commit what a look saw."""
+        row = self.store.load(instance_id)
+        if row is None or row.run != look.run:
+            return
+        look = self._completed(row, look)
+        if not look.alive:
+            return
+        decision = self._apply(instance_id, lambda now_row, now: on_look(now_row, look, now, self.clocks.chance()))
+        if decision is not None:
+            for action in decision.actions:
+                if action is Action.FORGIVE:
+                    self._remember(decision.after)
+
+    def _completed(self, row: Instance, look: Look) -> Look:
+        """The look with what only this host can add: is it our process that answers, does it use the processor."""
+        if not look.http:
+            view = self.host.look(row.id)
+            return look.evolve(alive=view.server_alive, message="" if view.server_alive else "the process is gone")
+        if look.ready and row.state is not State.HEALTHY and row.placement.port is not None:
+            holder = self.host.port_holder(row.placement.port)
+            if holder is not None and holder.pid is not None and not self.host.listens(row.id, row.placement.port):
+                who = f"port {row.placement.port} is answered by {holder.name} (pid {holder.pid}), not by this server"
+                return look.evolve(foreign=True, message=who)
+        if not look.ready and look.steps is None:
+            return look.evolve(cpu_s=self.host.cpu_seconds(row.id))
+        return look
+
+    def launch_of(self, row: Instance) -> Launch | None:
+        """How the row's run was or would be started; None when this host's file does not know its model."""
+        found = self._spec_of(row)
+        return launch(found[2], row.placement, row.overrides, self._env) if found else None
+
+    # --- joining -------------------------------------------------------------------------------------------------
+
+    def join(self) -> None:
+        """
+        Bring Redis and this host together: rows for what the file and the disk know, ends reported, servers taken over.
+
+        Called before the first heartbeat, whenever the fleet file changed, and when Redis turns out to have forgotten.
+        """
+        fleet = self.fleet()
+        mine = {planned.id: planned for planned in plan(fleet) if planned.placement.host == self.name}
+        rows = {row.id: row for row in self.store.load_many(tuple(mine))}
+        known = frozenset(self.host.instances())
+        for planned in mine.values():
+            self._join_one(fleet, planned, rows.get(planned.id), known=planned.id in known)
+        for row in self.store.load_all():
+            if row.placement.host == self.name and row.id not in mine:
+                self._retire(row)
+
+    def _join_one(self, fleet: Fleet, planned: InstancePlan, row: Instance | None, *, known: bool) -> None:
+        spec = fleet.models[planned.model]
+        made = launch(spec, planned.placement, (), self._env)
+        facts: dict[str, Any] = {"digest": digest(spec), "base_url": made.base_url, "hosts": fleet.hosts_of(spec)}
+        if row is None:
+            view = self.host.look(planned.id)
+            row = joining.new_row(planned, spec, **facts, view=view, known=known, now=self.store.now())
+            try:
+                row = self._committer.create(row)
+            except VersionConflictError:
+                return
+        else:
+            self._apply(row.id, lambda now_row, _: joining.changed(now_row, planned, spec, **facts))
+        self.reconcile(row.id)
+
+    def reconcile(self, instance_id: str) -> None:
+        """Make row and processes agree where no message did: an end nobody reported, a keeper that died, a run nobody watches."""
+        try:
+            with self.host.step_lock(instance_id):
+                view = self.host.look(instance_id)
+                if view.server_alive and not view.keeper_alive:
+                    self.host.adopt(instance_id)
+                row = self.store.load(instance_id)
+                if row is None or self._report_end(instance_id, view):
+                    return
+                if view.record.token > row.token:
+                    self._raise(instance_id, view)
+                if row.run is not None and not view.server_alive and not view.keeper_alive and view.run is None:
+                    lost = ExitRecord(token=row.run, at=self.clocks.wall(), unknown=True, reason="no trace of it on this host")
+                    self._apply(
+                        instance_id, lambda now_row, now: on_exit(now_row, self._exit_seen(now_row, lost, view), now, self.clocks.chance())
+                    )
+                if view.keeper_alive or view.server_alive:
+                    self.on_run(instance_id)
+        except LeaseHeldError:
+            return
+
+    def _retire(self, row: Instance) -> None:
+        """A row whose model left the file: stopped first, then forgotten."""
+        if row.state in (State.STOPPED, State.COMPLETED, State.FAILED) and row.run is None and not self.host.look(row.id).server_alive:
+            self.store.delete(row.id)
+            return
+        self._apply(row.id, joining.retired)
+
+    def _forget_if_gone(self, row: Instance) -> None:
+        if self._spec_of(row) is None:
+            self.store.delete(row.id)
+
+    # --- small things --------------------------------------------------------------------------------------------
+
+    def _spec_of(self, row: Instance) -> tuple[Fleet, InstancePlan, ModelSpec] | None:
+        fleet = self.fleet()
+        spec = fleet.models.get(row.model)
+        if spec is None:
+            return None
+        for planned in plan(fleet):
+            if planned.id == row.id:
+                return fleet, planned, spec
+        return None
+
+    def _apply(self, instance_id: str, decide: Callable[[Instance, float], Decision | None], *, send: bool = True) -> Decision | None:
+        decision = self._committer.apply(instance_id, decide, send=send)
+        return decision if isinstance(decision, Decision) else None

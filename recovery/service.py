@@ -1,0 +1,108 @@
+"""
+The use cases that need no GPU host: commands, the tick, and views. Synchronous; every method is short.
+"""
+
+from typing import Any
+
+from recovery.committing import Committer
+from recovery.core.commanding import Command, Refused, Verb, on_command, refusal
+from recovery.core.instance import Instance, Value
+from recovery.core.states import State
+from recovery.errors import UnknownModelError
+from recovery.ports import Queue, Sender, Store
+
+TICK_ONCE_MS = 800
+"""A backlog of ticks (a worker that was away) collapses into one per this time; beat sends one a second."""
+PUSH_S = 4.0
+"""How far a delivered row's next delivery is pushed: a lost message costs this much (CELERY-FACTS.md, section 3)."""
+POP_LIMIT = 500
+
+
+class Answer(Value):
+    """What a public task answers at once."""
+
+    accepted: bool
+    model: str
+    status: str
+    instances: tuple[dict[str, Any], ...] = ()
+    token: int | None = None
+    reason: str = ""
+
+
+class Service:
+    """The control side. `store` and `sender` may belong to any process of the fleet."""
+
+    def __init__(self, store: Store, sender: Sender) -> None:
+        self.store = store
+        self.sender = sender
+        self.committer = Committer(store, sender)
+
+    def rows_of(self, model: str) -> tuple[Instance, ...]:
+        """Return the rows of a model, replicas in order; raise `UnknownModelError` with the ids there are."""
+        rows = self.store.load_all()
+        found = tuple(sorted((row for row in rows if row.model == model), key=lambda row: row.replica))
+        if not found:
+            known = ", ".join(sorted({row.model for row in rows})) or "none yet"
+            raise UnknownModelError(f"cannot find a model {model[:80]!r} in the fleet; there are: {known}")
+        return found
+
+    def command(self, model: str, command: Command) -> Answer:
+        """Apply an operator's command to every instance of a model. Answers at once; the loop does the work."""
+        try:
+            rows = self.rows_of(model)
+        except UnknownModelError as error:
+            return Answer(accepted=False, model=model[:80], status="unknown_model", reason=str(error))
+        why_not = refusal(rows, command)
+        if why_not is not None:
+            return Answer(accepted=False, model=model, status="refused", reason=why_not)
+        touched: list[dict[str, Any]] = []
+        refused: list[str] = []
+        for row in rows:
+            outcome = self.committer.apply(row.id, lambda row, now: on_command(row, command, now))
+            if isinstance(outcome, Refused):
+                refused.append(outcome.reason)
+            elif outcome is not None:
+                touched.append({"instance": row.id, "token": outcome.after.token, "reason": outcome.reason})
+                if command.verb is Verb.CHECK:
+                    self._probe_now(outcome.after)
+        reasons = "; ".join(dict.fromkeys([*(str(entry["reason"]) for entry in touched), *refused]))
+        token = max((int(entry["token"]) for entry in touched), default=None)
+        status = "ok" if touched else "refused"
+        return Answer(accepted=bool(touched), model=model, status=status, instances=tuple(touched), token=token, reason=reasons)
+
+    def tick(self) -> int:
+        """Deliver what is due to the hosts that live: one look message per host, one step message per instance. Returns messages sent."""
+        if not self.store.once("tick", TICK_ONCE_MS):
+            return 0
+        now = self.store.now()
+        self.store.put("tick", now, ttl_s=86_400)
+        alive, sent = self.store.hosts(), 0
+        for host in self.store.hosts_with_rows():
+            if host not in alive:
+                continue
+            looks = self._pop("looks", host)
+            if looks:
+                self.sender.send("recovery.probe_host", {"instances": list(looks), "sent_at": now}, queue=f"gpu.{host}")
+                sent += 1
+            for row in self.store.load_many(self._pop("steps", host)):
+                if row.due is not None:
+                    self.committer.deliver(row, now)
+                    sent += 1
+        return sent
+
+    def _pop(self, queue: Queue, host: str) -> tuple[str, ...]:
+        return self.store.pop_due(queue, host, PUSH_S, POP_LIMIT)
+
+    def _probe_now(self, row: Instance) -> None:
+        kwargs = {"instances": [row.id], "sent_at": self.store.now()}
+        self.sender.send("recovery.probe_host", kwargs, queue=f"gpu.{row.placement.host}")
+
+
+def outcome_of(rows: tuple[Instance, ...], verb: Verb, token: int | None) -> str | None:
+    """`done`, `failed`, or None while the command's effect is still under way."""
+    if any(row.state is State.FAILED for row in rows):
+        return "failed" if verb is not Verb.STOP else None
+    if verb is Verb.STOP:
+        return "done" if all(row.state in (State.STOPPED, State.COMPLETED) for row in rows) else None
+    reached = all(row.state is State.HEALTHY and row.intent is None for row in rows)
+    return "done" if reached and (token is None or max(row.run or 0 for row in rows) >= token) else None

@@ -1,0 +1,141 @@
+"""
+The tasks: parse, call one service method, answer. No decision is made here.
+
+Public tasks take a model id and nothing executable; whoever can write to Redis can call them.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from celery import Task
+
+from recovery import wiring
+from recovery.core.commanding import Command, Verb
+from recovery.errors import RecoveryError, StoreUnavailableError
+from recovery.service import Answer, Service
+from workers import watcher
+from workers.app import app
+from workers.sending import CelerySender
+
+log = logging.getLogger(__name__)
+
+STALE_LOOK_S = 10.0
+"""A probe message older than this by Redis' clock is dropped: its rows have been delivered again meanwhile."""
+
+
+@functools.cache
+def control() -> Service:
+    """The control side of this process."""
+    return wiring.service(wiring.build(), CelerySender(app))
+
+
+# --- public: for scripts, Flower, the API and the command line ---------------------------------------------------------
+
+
+def _command(model: Any, **options: Any) -> dict[str, Any]:
+    """Run a command; bad arguments and an absent Redis are answers, never tracebacks."""
+    name = str(model)[:80]
+    try:
+        if not isinstance(model, str):
+            raise TypeError("the model id must be a text")
+        answer = control().command(model, Command(**options))
+    except (ValueError, TypeError) as error:
+        answer = Answer(accepted=False, model=name, status="refused", reason=f"cannot read the arguments: {_short(error)}")
+    except StoreUnavailableError as error:
+        answer = Answer(accepted=False, model=name, status="unavailable", reason=str(error))
+    return answer.model_dump(mode="json")
+
+
+def _short(error: Exception) -> str:
+    return str(error).splitlines()[0][:200]
+
+
+@app.task(name="recovery.start")
+def start(model: str, by: str = "script") -> dict[str, Any]:
+    """Start a model that is down; one that runs is left alone."""
+    return _command(model, verb=Verb.START, by=by)
+
+
+@app.task(name="recovery.stop")
+def stop(model: str, force: bool = False, stay_down: bool = True, by: str = "script") -> dict[str, Any]:
+    """Stop a model. `force`: SIGKILL at once; `stay_down=False` with it: handled as a crash."""
+    return _command(model, verb=Verb.STOP, force=force, stay_down=stay_down, by=by)
+
+
+@app.task(name="recovery.restart")
+def restart(model: str, override: bool = True, by: str = "script") -> dict[str, Any]:
+    """Restart a model. `override=False`: refused when the policy is `no` or the budget is spent."""
+    return _command(model, verb=Verb.RESTART, override=override, by=by)
+
+
+@app.task(name="recovery.check")
+def check(model: str, by: str = "script") -> dict[str, Any]:
+    """Look at a model now."""
+    return _command(model, verb=Verb.CHECK, by=by)
+
+
+@app.task(name="recovery.reset")
+def reset(model: str, by: str = "script") -> dict[str, Any]:
+    """Clear a model's budget, backoff and overrides; one that gave up starts again."""
+    return _command(model, verb=Verb.RESET, by=by)
+
+
+# --- the clock ---------------------------------------------------------------------------------------------------------
+
+
+@app.task(name="recovery.tick", ignore_result=True, send_events=False, store_errors_even_if_ignored=False)
+def tick() -> None:
+    """Deliver what is due."""
+    try:
+        control().tick()
+    except StoreUnavailableError as error:
+        log.warning("tick: %s", error)
+
+
+# --- on a GPU host -----------------------------------------------------------------------------------------------------
+
+
+def _on_host(work: Callable[[watcher.HostWorker], dict[str, Any]]) -> dict[str, Any]:
+    """Run `work` on this host's worker; our errors become an answer that Flower shows."""
+    try:
+        return work(watcher.current())
+    except RecoveryError as error:
+        log.warning("%s", error)
+        return {"outcome": "error", "reason": str(error)}
+
+
+@app.task(name="recovery.restart_instance", bind=True, max_retries=None)
+def restart_instance(self: Task, instance: str, token: int, attempt: int, delay: float, reason: str) -> dict[str, Any]:
+    """The delayed restart of one instance; a start that fails is tried again by this very job."""
+    answer = _on_host(lambda worker: worker.service.start(instance, token).model_dump(mode="json"))
+    if answer["outcome"] == "retry":
+        kwargs = {"instance": instance, "token": answer["token"], "attempt": answer["attempt"], "delay": answer["delay_s"]}
+        raise self.retry(
+            args=(), kwargs={**kwargs, "reason": answer["reason"][:300]}, countdown=answer["delay_s"], expires=None, max_retries=None
+        )
+    return answer
+
+
+@app.task(name="recovery.step_instance")
+def step_instance(instance: str, token: int) -> dict[str, Any]:
+    """The next step of a stop, a drain or a recycling."""
+    return _on_host(lambda worker: {"outcome": worker.service.step(instance), "token": token})
+
+
+@app.task(name="recovery.probe_host", ignore_result=True, send_events=False)
+def probe_host(instances: list[str], sent_at: float) -> None:
+    """Hand the instances whose look is due to this host's prober, and return."""
+    try:
+        worker = watcher.current()
+        if worker.service.store.now() - sent_at <= STALE_LOOK_S:
+            worker.looks.submit(instances)
+    except RecoveryError as error:
+        log.warning("probe_host: %s", error)
+
+
+@app.task(name="recovery.served", ignore_result=True, send_events=False)
+def served(host: str) -> None:
+    """The round trip through a host's own queue: a worker that is up but deaf shows only here."""
+    watcher.current().served()
