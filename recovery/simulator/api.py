@@ -4,7 +4,7 @@ import array
 import asyncio
 import base64
 import os
-import time  # noqa: TID251 -- part of the world, not of the core
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Any

@@ -11,7 +11,7 @@ import os
 import select
 import signal
 import socket
-import time  # noqa: TID251 -- part of the world, not of the core
+import time
 from collections import deque
 from contextlib import suppress
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Completions and chat: what a request asks for, the tokens as they come, the answer in OpenAI's shape."""
 
 import asyncio
-import time  # noqa: TID251 -- part of the world, not of the core
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field

@@ -12,7 +12,7 @@ import fcntl
 import os
 import re
 import threading
-import time  # noqa: TID251 -- part of the world, not of the core
+import time
 from collections.abc import Mapping
 
 import orjson

@@ -8,7 +8,7 @@ API server go to stderr. An out-of-memory error while serving stands on stdout o
 
 import os
 import sys
-import time  # noqa: TID251 -- part of the world, not of the core
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 

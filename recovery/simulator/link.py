@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import socket
-import time  # noqa: TID251 -- part of the world, not of the core
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any

@@ -5,7 +5,7 @@ import errno
 import os
 import signal
 import socket
-import time  # noqa: TID251 -- part of the world, not of the core
+import time
 from typing import Any, NoReturn
 
 from recovery.simulator import lines
@@ -41,12 +41,12 @@ class Simulator:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
-        self._set_timers()
         link: Link = await ProcessLink.connect(*child) if child else LocalLink(self._options)
         self._link = link
         link.on_death = self._engine_died
         metrics = Metrics(self._options.name, process_start_time())
         self._api = Api(self._options, link, metrics, self._started, self._act)
+        self._set_timers()
         if isinstance(link, LocalLink):
             self._spawn(link.load(self._options, error))
         await link.ready
