@@ -356,9 +356,11 @@ class HostService:
             if holder is not None and holder.pid is not None and not self.host.listens(row.id, row.placement.port):
                 who = f"port {row.placement.port} is answered by {holder.name} (pid {holder.pid}), not by this server"
                 return look.evolve(foreign=True, message=who)
-        if not look.ready and look.steps is None:
-            return look.evolve(cpu_s=self.host.cpu_seconds(row.id))
-        return look
+        if look.ready:
+            return look
+        reports = self.store.get_many(f"door:{row.id}:").values()
+        moved = any(report["in_flight"] and report["silent_s"] < row.policy.hang_window_s / 2 for report in reports)
+        return look.evolve(moved=moved, cpu_s=self.host.cpu_seconds(row.id) if look.steps is None else None)
 
     def launch_of(self, row: Instance) -> Launch | None:
         """How the row's run was or would be started; None when this host's file does not know its model."""
