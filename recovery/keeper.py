@@ -119,24 +119,24 @@ def in_session(table: dict[int, Proc], session: int, leader_start: int) -> set[i
     return {proc.pid for proc in table.values() if proc.session == session}
 
 
-def send(proc: Proc, signum: int) -> bool:
+def send(pid: int, start: int, signum: int) -> bool:
     """Signal this very process; False if it is gone, even when its number belongs to another one by now."""
     import signal
 
     try:
-        fd = os.pidfd_open(proc.pid)
+        fd = os.pidfd_open(pid)
     except ProcessLookupError:
         return False
     except (AttributeError, OSError):  # a kernel before 5.3, or a sandbox that knows no pidfds
         fd = -1
     try:
-        now = look_up(proc.pid)  # after the open: from here on the descriptor cannot come to mean another process
-        if now is None or now.start != proc.start:
+        now = look_up(pid)  # after the open: from here on the descriptor cannot come to mean another process
+        if now is None or now.start != start:
             return False
         if fd >= 0:
             signal.pidfd_send_signal(fd, signum)
         else:
-            os.kill(proc.pid, signum)
+            os.kill(pid, signum)
         return True
     except (ProcessLookupError, PermissionError):
         return False
@@ -184,7 +184,8 @@ class Run:
         self.deadline_file: str | None = spec.get("deadline_file")
         self.tmpdir: str | None = spec.get("tmpdir")
         self.adopted = spec.get("mode") == "adopt"
-        self.server: Proc | None = None
+        self.pid: int = spec.get("server_pid", 0)  # the server: its number and start time, which name it for good
+        self.start: int = spec.get("server_start", 0)
         self.log_fd = -1
         self.deadline = float("inf")
         self.reason = "exited"
@@ -275,13 +276,11 @@ class Run:
         """Every living process of the run except this one: our descendants, the session, the carriers of the marker."""
         table = process_table()
         pids = descendants(table, {os.getpid()})
-        if self.server is not None:
-            pids |= in_session(table, self.server.pid, self.server.start)
-            now = table.get(self.server.pid)
-            if now is not None and now.start == self.server.start:
-                pids |= descendants(table, {now.pid}) | {now.pid}
-        since = 0 if self.server is None else self.server.start
-        pids |= {pid for pid, proc in table.items() if proc.start >= since and can_read(proc) and marker_of(pid) == self.marker}
+        pids |= in_session(table, self.pid, self.start)
+        server = table.get(self.pid)
+        if server is not None and server.start == self.start:
+            pids |= descendants(table, {server.pid}) | {server.pid}
+        pids |= {pid for pid, proc in table.items() if proc.start >= self.start and can_read(proc) and marker_of(pid) == self.marker}
         return [table[pid] for pid in pids if pid != os.getpid() and table[pid].alive]
 
     def note_shared_memory(self, members: list[Proc]) -> None:
@@ -406,9 +405,10 @@ def start_server(run: Run) -> None:
     nul = os.open("/dev/null", os.O_RDONLY)
     streams = [(os.POSIX_SPAWN_DUP2, nul, 0), (os.POSIX_SPAWN_DUP2, run.log_fd, 1), (os.POSIX_SPAWN_DUP2, run.log_fd, 2)]
     defaults = [number for number in range(1, 32) if number not in (9, 19)]
-    pid = os.posix_spawnp(run.argv[0], run.argv, os.environ, file_actions=streams, setsid=True, setsigmask=[], setsigdef=defaults)
+    run.pid = os.posix_spawnp(run.argv[0], run.argv, os.environ, file_actions=streams, setsid=True, setsigmask=[], setsigdef=defaults)
     os.close(nul)
-    run.server = look_up(pid)
+    server = look_up(run.pid)  # it is there, dead or alive, until we reap it
+    run.start = 0 if server is None else server.start
 
 
 def settle(run: Run) -> None:
@@ -417,22 +417,22 @@ def settle(run: Run) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
-    server, me = run.server, look_up(os.getpid())
-    if server is None or me is None:
-        raise OSError("cannot read /proc")
+    me = look_up(os.getpid())
+    if me is None or run.start == 0:
+        raise OSError("/proc cannot be read")
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot_id = file.read().strip()
     hertz, boottime = os.sysconf("SC_CLK_TCK"), time.clock_gettime(time.CLOCK_BOOTTIME)
     record = {
         "keeper_pid": me.pid,
         "keeper_start": me.start,
-        "server_pid": server.pid,
-        "server_start": server.start,
-        "session": server.pid,
+        "server_pid": run.pid,
+        "server_start": run.start,
+        "session": run.pid,
         "boot_id": boot_id,
         "marker": run.marker,
-        "at": time.time() - (boottime - server.start / hertz),
-        "boottime": server.start / hertz,
+        "at": time.time() - (boottime - run.start / hertz),
+        "boottime": run.start / hertz,
         "tmpdir": run.tmpdir,
         "adopted": run.adopted,
     }
@@ -449,7 +449,7 @@ def reap(run: Run) -> int | None:
             return status
         if pid == 0:
             return status
-        if run.server is not None and pid == run.server.pid:
+        if pid == run.pid:
             status = this
 
 
@@ -469,14 +469,14 @@ def lease_left_s(run: Run) -> float:
     return run.deadline - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def watch(run: Run, server: Proc) -> int | None:
+def watch(run: Run) -> int | None:
     """Look after the run until the server has ended; its wait status, or None if it was not our child."""
     import select
     import signal
 
     poller, tick_s = select.poll(), TICK_S
     try:
-        pidfd = os.pidfd_open(server.pid)
+        pidfd = os.pidfd_open(run.pid)
         poller.register(pidfd, select.POLLIN)
     except (AttributeError, OSError):
         pidfd, tick_s = -1, 0.05
@@ -486,13 +486,13 @@ def watch(run: Run, server: Proc) -> int | None:
             status = reap(run)
             if status is not None:
                 return status
-            now = look_up(server.pid)
-            if now is None or now.start != server.start or (run.adopted and not now.alive):
+            now = look_up(run.pid)
+            if now is None or now.start != run.start or (run.adopted and not now.alive):
                 return None
             left_s = lease_left_s(run)
             if left_s <= 0:  # somebody else may start it elsewhere from now on: no time for a grace
                 run.reason = "lease expired"
-                send(server, signal.SIGKILL)
+                send(run.pid, run.start, signal.SIGKILL)
             run.bound_log()
             if time.monotonic() - begun > note_at:
                 note_at = min(2 * note_at, note_at + 60)
@@ -515,7 +515,7 @@ def kill_members(run: Run) -> tuple[int, list[Proc]]:
         if not left or time.monotonic() > until:
             return len(killed), left
         run.note_shared_memory([proc for proc in left if proc.pid not in killed])
-        killed |= {proc.pid for proc in left if send(proc, signal.SIGKILL)}
+        killed |= {proc.pid for proc in left if send(proc.pid, proc.start, signal.SIGKILL)}
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 0.1)
 
@@ -538,7 +538,7 @@ def finish(run: Run, status: int | None) -> int:
     return 0
 
 
-def keep(run: Run, spec: dict[str, Any]) -> int:
+def keep(run: Run) -> int:
     """See one run through; the exit code of this process."""
     try:
         if not take_lock(run.path("run.lock")):
@@ -550,9 +550,9 @@ def keep(run: Run, spec: dict[str, Any]) -> int:
         answer({"error": f"cannot write to {error.filename or run.dir}: {error.strerror}", "kind": "disk"})
         return EXIT_DISK
     if run.adopted:
-        run.server = look_up(spec["server_pid"])
-        if run.server is None or run.server.start != spec["server_start"]:
-            answer({"error": f"cannot adopt {spec['server_pid']}: it has ended", "kind": "gone"})
+        server = look_up(run.pid)
+        if server is None or server.start != run.start:
+            answer({"error": f"cannot adopt {run.pid}: it has ended", "kind": "gone"})
             run.reason = "ended before it was adopted"
             return finish(run, None)
     else:
@@ -574,8 +574,7 @@ def keep(run: Run, spec: dict[str, Any]) -> int:
         answer({"error": f"cannot record the run in {run.path('run.json')}: {error}", "kind": "disk"})
         return EXIT_DISK
     answer({"ok": True})
-    assert run.server is not None
-    return finish(run, watch(run, run.server))
+    return finish(run, watch(run))
 
 
 def main(argv: list[str]) -> int:
@@ -592,7 +591,7 @@ def main(argv: list[str]) -> int:
         return EXIT_SPEC
     if os.getpgrp() != os.getpid():  # a group leader cannot: somebody runs it by hand from a shell
         os.setsid()
-    return keep(run, spec)
+    return keep(run)
 
 
 if __name__ == "__main__":

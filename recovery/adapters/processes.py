@@ -129,7 +129,7 @@ class Processes:
         if run is None or run.token != token or run.boot_id != self._boot_id:
             return False
         server = keeper.look_up(run.server_pid)
-        return server is not None and server.start == run.server_start and server.alive and keeper.send(server, signal.SIGTERM)
+        return server is not None and server.alive and keeper.send(run.server_pid, run.server_start, signal.SIGTERM)
 
     def kill(self, instance: str, token: int) -> tuple[Stray, ...]:
         """SIGKILL to all that belongs to that run except its keeper; what was signalled. Look again to see it gone."""
@@ -148,8 +148,7 @@ class Processes:
         run = self._run(instance)
         if run is None or run.token != token or run.boot_id != self._boot_id:
             return False
-        proc = keeper.look_up(run.keeper_pid)
-        return proc is not None and proc.start == run.keeper_start and keeper.send(proc, signal.SIGKILL)
+        return keeper.send(run.keeper_pid, run.keeper_start, signal.SIGKILL)
 
     # --- ports, work, room ---
 
@@ -268,7 +267,7 @@ class Processes:
         return None
 
     def _kill(self, procs: Sequence[Proc]) -> tuple[Stray, ...]:
-        return tuple(_stray(proc) for proc in procs if keeper.send(proc, signal.SIGKILL))
+        return tuple(_stray(proc) for proc in procs if keeper.send(proc.pid, proc.start, signal.SIGKILL))
 
 
 def _is_keeper(pid: int, spec_path: bytes) -> bool:

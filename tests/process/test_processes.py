@@ -271,7 +271,7 @@ def test_a_number_used_again_is_nobody_of_ours(host: Host) -> None:
         assert not view.server_alive and not view.keeper_alive and view.strays == ()
         assert not host.terminate(A, 1) and host.kill(A, 1) == () and host.end_strays(A) == ()
         assert not host.end_keeper(A, 1) and host.keeper_pidfd(A) is None
-        assert not keeper.send(keeper.Proc(stranger.pid, _stat(stranger.pid, start - 1)), signal.SIGKILL)
+        assert not keeper.send(stranger.pid, start - 1, signal.SIGKILL)
         assert stranger.poll() is None
 
         # the same with the right start time: now it is the run's, which shows that the guard is what held
@@ -280,10 +280,6 @@ def test_a_number_used_again_is_nobody_of_ours(host: Host) -> None:
     finally:
         stranger.kill()
         stranger.wait()
-
-
-def _stat(pid: int, start: int) -> bytes:
-    return f"{pid} (sleep) S 1 1 {pid} {'0 ' * 15}{start} 0 0 0".encode()
 
 
 def test_a_run_of_another_boot_is_over(host: Host) -> None:
