@@ -201,25 +201,29 @@ class StopScanner:
     """
     vLLM's stop strings for the part of a stream that was continued: holds back what may be the start of one.
 
-    `held` is the text the client has not seen from before the cut, so a stop string that straddles it is found.
+    One may straddle the cut: `sent` is what the client has, `held` what the replica had generated and held back.
     """
 
-    __slots__ = ("_hold", "_include", "_stops", "_text")
+    __slots__ = ("_before", "_hold", "_include", "_stops", "_text")
 
-    def __init__(self, body: Body, held: str) -> None:
+    def __init__(self, body: Body, sent: str, held: str) -> None:
         self._stops = stop_strings(body)
         self._include = bool(body.get("include_stop_str_in_output"))
-        self._hold = 0 if self._include else max((len(s) for s in self._stops), default=1) - 1
+        longest = max((len(s) for s in self._stops), default=1) - 1
+        self._hold = 0 if self._include else longest
+        self._before = sent[len(sent) - longest :] if longest <= len(sent) else sent
         self._text = held
 
     def feed(self, text: str, finished: bool) -> tuple[str, str | None]:
         """Return the text that may be passed on now, and the stop string that was met."""
         self._text += text
-        met = [(self._text.find(s), s) for s in self._stops]
+        window, known = self._before + self._text, len(self._before)
+        met = [(window.find(s, max(0, known - len(s) + 1)), s) for s in self._stops]
         found = min(((at + len(s), at, s) for at, s in met if at >= 0), default=None)
         if found is not None:
             end, at, stop = found
-            return self._text[: end if self._include else at], stop
+            return window[known : max(known, end if self._include else at)], stop
         keep = 0 if finished else min(self._hold, len(self._text))
         out, self._text = self._text[: len(self._text) - keep], self._text[len(self._text) - keep :]
+        self._before = (self._before + out)[-max(1, len(self._before), len(max(self._stops, key=len, default=""))) :]
         return out, None

@@ -44,7 +44,7 @@ async def next_body(record: Record, endpoint: Endpoint, looks: "Looks") -> tuple
     else:
         record.rewind()
     if stops:
-        record.scanner = StopScanner(record.body, held)
+        record.scanner = StopScanner(record.body, record.text.decode("utf-8", "surrogatepass"), held)
     left = _left(record, endpoint)
     if left is None:
         await looks.fetch_cards(endpoint)
@@ -87,21 +87,19 @@ async def _settle(record: Record, endpoint: Endpoint) -> str:
     sent = record.text.decode("utf-8", "surrogatepass")
     context = list(record.prompt or ())[-CONTEXT_IDS:]
     before = await _text(record, endpoint, context)
+    best: tuple[int, str] | None = None
     for end in range(len(record.ids), max(-1, len(record.ids) - MAX_PENDING - 1), -1):
-        if record.wants_ids and end < record.clean:
-            break  # the client has been given these ids
         whole = await _text(record, endpoint, [*context, *record.ids[:end]])
-        if not whole.startswith(before):
-            break
         text = whole[len(before) :]
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            continue
-        if not text.startswith(sent):
-            break
-        record.unsent, record.clean = list(record.ids[record.clean : end]), end
-        record.rewind()
-        return text[len(sent) :]
-    raise CannotResumeError("held_back")
+        if not whole.startswith(before) or (best is not None and text != best[1]):
+            break  # one id fewer is one character fewer
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            best = (end, text)  # ids that add no text belong to a character that is pending, or to none
+    if best is None or not best[1].startswith(sent) or (record.wants_ids and best[0] < record.clean):
+        raise CannotResumeError("held_back")
+    record.unsent, record.clean = list(record.ids[record.clean : best[0]]), best[0]
+    record.rewind()
+    return best[1][len(sent) :]
 
 
 async def _text(record: Record, endpoint: Endpoint, ids: list[int]) -> str:

@@ -1,0 +1,250 @@
+"""What a continued stream looks like to its client: exactly like one that was never cut, or an error event that says why."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from recovery.core.continuation import REASONS
+from recovery.simulator.tokens import decode, encode, generate, render_chat
+from tests.frontdoor.world import Door, Outcome, Sim, World, expected_text, stream, whole
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CUT = 12
+
+
+def ask(door: Door, path: str, **body: Any) -> Outcome:
+    async def run() -> Outcome:
+        async with httpx.AsyncClient(base_url=door.url, timeout=60, trust_env=False) as client:
+            return await stream(client, path, {"model": "m", "temperature": 0, **body})
+
+    return asyncio.run(run())
+
+
+def messages(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def chat_ids(text: str, tokens: int) -> list[int]:
+    return generate(encode(render_chat(messages(text))), tokens)
+
+
+def uncut(door: Door, sims: list[Sim], path: str, **body: Any) -> Outcome:
+    """The same request with no fault set."""
+    for sim in sims:
+        sim.fault(cut_after_tokens=0, error_after_tokens=0, stall_after_tokens=0, fault_streams=0)
+    return ask(door, path, **body)
+
+
+@pytest.fixture
+def pair(world: World) -> tuple[Door, list[Sim]]:
+    """Two replicas, the first of which resets its first stream after `CUT` tokens."""
+    sims = world.sims(2, "--tokens-per-s", "300")
+    sims[0].fault(cut_after_tokens=CUT, fault_streams=1)
+    return world.door(sims), sims
+
+
+def test_a_chat_goes_on_under_its_own_name(pair: tuple[Door, list[Sim]]) -> None:
+    door, sims = pair
+    cut = ask(door, CHAT, messages=messages("Hello"), max_tokens=60, stream_options={"include_usage": True})
+    plain = uncut(door, sims, CHAT, messages=messages("Hello"), max_tokens=60, stream_options={"include_usage": True})
+    assert door.metric("recovery_frontdoor_continued_total", by="ids") == 1
+    assert cut.text == plain.text == decode(chat_ids("Hello", 60))
+    assert (cut.finish, cut.done, cut.usage) == (plain.finish, plain.done, plain.usage)
+    for name in ("id", "created", "model", "object"):
+        assert len({event[name] for event in cut.events}) == 1, name
+    assert cut.events[0]["object"] == "chat.completion.chunk"
+    roles = [c["delta"].get("role") for e in cut.events for c in e["choices"] if c["delta"].get("role")]
+    assert roles == ["assistant"]
+    keys = {key for e in cut.events for c in e["choices"] for key in (*e, *c)}
+    assert not keys & {"token_ids", "prompt_token_ids", "text"}
+
+
+def test_a_completion_goes_on_with_its_usage_in_every_event(pair: tuple[Door, list[Sim]]) -> None:
+    door, sims = pair
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    cut = ask(door, TEXT, prompt="Once upon", max_tokens=60, stream_options=options)
+    plain = uncut(door, sims, TEXT, prompt="Once upon", max_tokens=60, stream_options=options)
+    assert door.metric("recovery_frontdoor_continued_total", by="ids") == 1
+    assert cut.text == plain.text == expected_text("Once upon", 60)
+    assert cut.usage == plain.usage
+    last = [event["usage"]["completion_tokens"] for event in cut.events]
+    assert last == sorted(last) and {event["usage"]["prompt_tokens"] for event in cut.events} == {len("Once upon")}
+
+
+def test_a_completion_without_max_tokens_ends_at_sixteen_though_it_was_cut(pair: tuple[Door, list[Sim]]) -> None:
+    door, _ = pair
+    assert ask(door, TEXT, prompt="Short").text == expected_text("Short", 16)
+    assert door.metric("recovery_frontdoor_continued_total", by="ids") == 1
+
+
+def test_a_chat_without_max_tokens_fills_the_context_though_it_was_cut(world: World) -> None:
+    sims = world.sims(2, "--tokens-per-s", "2000", "--max-model-len", "200")
+    sims[0].fault(cut_after_tokens=CUT, fault_streams=1)
+    door = world.door(sims)
+    prompt = encode(render_chat(messages("Hello")))
+    cut = ask(door, CHAT, messages=messages("Hello"))
+    assert door.metric("recovery_frontdoor_continued_total", by="ids") == 1
+    assert (cut.text, cut.finish) == (decode(generate(prompt, 200 - len(prompt))), "length")
+
+
+def test_ids_the_client_asked_for_come_once_each(pair: tuple[Door, list[Sim]]) -> None:
+    door, _ = pair
+    cut = ask(door, CHAT, messages=messages("Hello"), max_tokens=60, return_token_ids=True)
+    assert door.metric("recovery_frontdoor_continued_total", by="ids") == 1
+    ids = [i for e in cut.events for c in e["choices"] for i in c.get("token_ids") or ()]
+    assert ids == chat_ids("Hello", 60)
+    prompts = [e["prompt_token_ids"] for e in cut.events if e.get("prompt_token_ids")]
+    assert prompts == [encode(render_chat(messages("Hello")))]
+
+
+@pytest.mark.parametrize("cut_at", range(1, 13))
+def test_characters_split_over_tokens_survive_a_cut_anywhere(world: World, cut_at: int) -> None:
+    """
+    One token in eight begins a character of several tokens, so some of these cuts fall inside one.
+    """
+    sims = world.sims(2, "--tokens-per-s", "500")
+    sims[0].fault(cut_after_tokens=cut_at, fault_streams=1)
+    door = world.door(sims)
+    for prompt in ("Zebra", "Apple"):
+        sims[0].fault(cut_after_tokens=cut_at, fault_streams=1)
+        sims[1].fault(cut_after_tokens=cut_at, fault_streams=1)
+        cut = ask(door, TEXT, prompt=prompt, max_tokens=30)
+        assert (cut.text, cut.error) == (expected_text(prompt, 30), "")
+
+
+def test_several_tokens_per_event_that_end_inside_a_character(world: World) -> None:
+    sims = world.sims(2, "--tokens-per-s", "2000", "--chunk-tokens", "3")
+    door = world.door(sims)
+    for number in range(12):
+        for sim in sims:
+            sim.fault(cut_after_tokens=9, fault_streams=1)
+        prompt = f"prompt {number}"
+        cut = ask(door, TEXT, prompt=prompt, max_tokens=40)
+        assert (cut.text, cut.error) == (expected_text(prompt, 40), "")
+    assert door.metric("recovery_frontdoor_continued_total", by="ids") >= 12
+
+
+def test_stop_strings_are_found_before_across_and_after_the_cut(world: World) -> None:
+    """
+    vLLM holds back what may begin a stop string, so at the cut the client lacks text the ids already hold.
+    """
+    sims = world.sims(2, "--tokens-per-s", "2000")
+    door = world.door(sims)
+    text = expected_text("Stop me", 60)
+    for start in range(8, len(text) - 8, 3):
+        stop = text[start : start + 7]
+        at = text.find(stop)
+        for keep in (False, True):
+            for sim in sims:
+                sim.fault(cut_after_tokens=CUT, fault_streams=1)
+            cut = ask(
+                door,
+                TEXT,
+                prompt="Stop me",
+                max_tokens=60,
+                stop=["never said", stop],
+                include_stop_str_in_output=keep,
+                stream_options={"include_usage": True},
+            )
+            assert (cut.text, cut.finish, cut.error) == (text[: at + (7 if keep else 0)], "stop", ""), (start, keep)
+            assert [c["stop_reason"] for e in cut.events for c in e["choices"] if c["finish_reason"]] == [stop]
+            assert cut.usage["total_tokens"] == cut.usage["completion_tokens"] + len("Stop me")
+    assert door.metric("recovery_frontdoor_continued_total", by="ids") > 20
+
+
+@pytest.mark.parametrize("fault", ["error_after_tokens", "stall_after_tokens"])
+def test_an_error_event_or_silence_is_a_cut_too(world: World, fault: str) -> None:
+    sims = world.sims(2, "--tokens-per-s", "300")
+    sims[0].fault(**{fault: CUT, "fault_streams": 1})
+    door = world.door(sims, model={"inter_token_timeout_s": 1.0})
+    cut = ask(door, CHAT, messages=messages("Hello"), max_tokens=60)
+    assert (cut.text, cut.finish, cut.error) == (decode(chat_ids("Hello", 60)), "length", "")
+    assert door.metric("recovery_frontdoor_continued_total", by="ids") == 1
+    if fault == "stall_after_tokens":
+        assert [event["instance"] for event in door.events("stall")] == ["m-0"]
+
+
+def test_a_shutdown_of_the_server_in_mid_stream_is_a_cut_too(world: World) -> None:
+    """
+    SIGTERM without a drain ends a stream with `finish_reason: abort` or an error event, and `[DONE]`.
+    """
+    sims = world.sims(2, "--tokens-per-s", "50")
+    door = world.door(sims)
+    ended = False
+
+    def seen(outcome: Outcome) -> None:
+        nonlocal ended
+        if len(outcome.events) >= 5 and not ended:
+            ended = True
+            sims[0].process.terminate()  # type: ignore[union-attr]
+
+    async def run() -> Outcome:
+        async with httpx.AsyncClient(base_url=door.url, timeout=60, trust_env=False) as client:
+            return await stream(client, CHAT, {"model": "m", "messages": messages("Bye"), "max_tokens": 60}, seen)
+
+    cut = asyncio.run(run())
+    assert (cut.text, cut.finish, cut.error) == (decode(chat_ids("Bye", 60)), "length", "")
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}}}]
+
+
+@pytest.mark.parametrize(
+    ("reason", "extra"),
+    [
+        ("tools", {"tools": TOOLS, "tool_choice": "auto"}),
+        ("structured", {"response_format": {"type": "json_object"}}),
+        ("penalties", {"presence_penalty": 0.5}),
+        ("seed", {"seed": 7, "temperature": 1.0}),
+        ("multimodal", {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}]}),
+        ("reasoning", {"reasoning_effort": "high"}),
+        ("unknown", {"some_new_parameter": 3}),
+    ],
+)
+def test_what_cannot_be_continued_ends_with_an_error_that_says_why(
+    pair: tuple[Door, list[Sim]], reason: str, extra: dict[str, Any]
+) -> None:
+    door, sims = pair
+    sims[0].fault(cut_after_tokens=4, fault_streams=1)
+    cut = ask(door, CHAT, **{"messages": messages("Hello"), "max_tokens": 60, **extra})
+    assert REASONS[reason] in cut.error and cut.done and cut.finish is None
+    assert door.metric("recovery_frontdoor_cut_total", reason=reason) == 1
+    assert door.metric("recovery_frontdoor_continued_total") == 0
+
+
+def test_what_cannot_be_continued_is_still_retried_before_its_first_event(world: World) -> None:
+    sims = world.sims(2, "--tokens-per-s", "300", "--ttft-s", "0.5")
+    door = world.door(sims)
+
+    async def run(start: Callable[[], None]) -> Outcome:
+        async with httpx.AsyncClient(base_url=door.url, timeout=60, trust_env=False) as client:
+            body = {"model": "m", "messages": messages("Hello"), "max_tokens": 60, "presence_penalty": 0.5}
+            task = asyncio.create_task(stream(client, CHAT, body))
+            await asyncio.sleep(0.2)
+            start()
+            return await task
+
+    outcome = asyncio.run(run(sims[0].kill))
+    assert (outcome.text, outcome.error) == (decode(chat_ids("Hello", 60)), "")
+
+
+def test_a_replay_buffer_that_is_too_small_is_a_reason_too(world: World) -> None:
+    sims = world.sims(2, "--tokens-per-s", "300")
+    sims[0].fault(cut_after_tokens=CUT, fault_streams=1)
+    door = world.door(sims, replay_max_tokens=20)
+    assert REASONS["too_long"] in ask(door, CHAT, messages=messages("Hello"), max_tokens=60).error
+
+
+def test_answers_that_do_not_stream_are_asked_for_again(world: World) -> None:
+    sims = world.sims(2, "--tokens-per-s", "300")
+    sims[0].fault(completion_status=500)
+    door = world.door(sims)
+
+    async def run() -> list[Outcome]:
+        async with httpx.AsyncClient(base_url=door.url, timeout=60, trust_env=False) as client:
+            return [await whole(client, TEXT, {"model": "m", "prompt": f"p{i}", "max_tokens": 5}) for i in range(12)]
+
+    assert [o.text for o in asyncio.run(run())] == [expected_text(f"p{i}", 5) for i in range(12)]
