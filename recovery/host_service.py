@@ -10,9 +10,7 @@ from typing import Any, Literal
 
 from recovery.committing import Committer
 from recovery.core import joining, stepping
-from recovery.core.causes import Cause
 from recovery.core.decision import Action, Decision
-from recovery.core.diagnosis import Diagnosis, Evidence, diagnose, has_cuda_oom
 from recovery.core.failing import ExitSeen, Remedy, on_exit, on_spawn_failed, unkillable
 from recovery.core.fleet import Fleet, InstancePlan, ModelSpec, digest
 from recovery.core.fleet_plan import plan, spare_ports
@@ -23,11 +21,12 @@ from recovery.core.looking import Look, on_look
 from recovery.core.states import ENDING, PROBED, State
 from recovery.errors import DiskError, LeaseHeldError, SpawnError, StaleTokenError, VersionConflictError
 from recovery.ports import Host, Sender, Store
+from recovery.repairing import Repairs
 
 CLAIM_S = 10.0
 """Lease of a start: how long another hand keeps off; a spawn takes 12 ms, a step never more than 2 s."""
-DIAGNOSED_BYTES = 262_144
-"""What is read of a log at an exit; the line that tells is near an end of it."""
+EVIDENCE_TTL_S = 90 * 86_400.0
+"""As long as an incident is kept."""
 
 
 class Started(Value):
@@ -59,6 +58,7 @@ class HostService:
         fleet: Callable[[], Fleet],
         clocks: Clocks,
         operator_env: Mapping[str, str],
+        repairs: Repairs,
         on_run: Callable[[str], None] = lambda _instance: None,
     ) -> None:
         self.name = name
@@ -66,6 +66,7 @@ class HostService:
         self.host = host
         self.fleet = fleet
         self.clocks = clocks
+        self.repairs = repairs
         self.on_run = on_run
         self._env = operator_env
         self._committer = Committer(store, sender)
@@ -283,6 +284,7 @@ class HostService:
         self._remember(decision.after)
         if decision.failure is not None and decision.after.used <= 1:
             self.host.protect(instance_id, record.token)
+        self.keep_evidence(decision, view)
         return True
 
     def _end(self, row: Instance, record: ExitRecord, view: HostView) -> Decision | None:
@@ -300,31 +302,16 @@ class HostService:
     def _exit_seen(self, row: Instance, record: ExitRecord, view: HostView) -> ExitSeen:
         """The end of a run with its diagnosis. Ages are measured on this host's clock, instants are Redis' time."""
         at = self.store.now() - max(0.0, self.clocks.wall() - record.at)
-        if view.rebooted():
-            return ExitSeen(token=record.token, at=at, unknown=True, rebooted=True, cause="host_reboot")
-        log = self.host.read_log(row.id, record.token, DIAGNOSED_BYTES).splitlines()
-        was_ready = row.ready_at is not None and row.run == record.token
-        stopping = row.desired is Desired.STOPPED or row.state not in PROBED
-        evidence = Evidence(exit_code=record.code, signal=record.signal, log=tuple(log), was_ready=was_ready, stopping=stopping)
-        found = diagnose(evidence)
-        return ExitSeen(
-            token=record.token,
-            at=at,
-            code=record.code,
-            signal=record.signal,
-            unknown=record.unknown,
-            clean=found.cause is Cause.CLEAN_EXIT,
-            cause=found.cause.value if found.cause is not None else "exit",
-            evidence=found.evidence[:500],
-            advice=found.advice,
-            cuda_oom=has_cuda_oom(log),
-            remedy=self._remedy(row, found),
-        )
+        return self.repairs.exit_seen(row, record, view, self.fleet(), at=at)
 
-    def _remedy(self, row: Instance, found: Diagnosis) -> Remedy:
-        if found.cause is not None and not found.retry and row.policy.remedies:
-            return Remedy(kind="give_up", give_up=True, reason=f"{found.advice or found.cause.value}")
-        return Remedy()
+    def keep_evidence(self, decision: Decision, view: HostView) -> None:
+        """Keep what a post-mortem wants of the first failure of an outage, beside its incident."""
+        row = decision.after
+        if decision.failure is None or row.incident is None:
+            return
+        key = f"evidence:{row.incident}"
+        if self.store.get(key) is None:
+            self.store.put(key, self.repairs.collect(row, decision.failure.token, self.fleet(), view), EVIDENCE_TTL_S)
 
     def _remember(self, row: Instance) -> None:
         """Bring the host's own record up to the row: what it needs to know when Redis has forgotten."""
@@ -340,11 +327,19 @@ class HostService:
         look = self._completed(row, look)
         if not look.alive:
             return
-        decision = self._apply(instance_id, lambda now_row, now: on_look(now_row, look, now, self.clocks.chance()))
-        if decision is not None:
-            for action in decision.actions:
-                if action is Action.FORGIVE:
-                    self._remember(decision.after)
+        view: HostView | None = None
+        remedy: Remedy | None = None
+        expected = on_look(row, look, self.store.now(), 0.0)
+        if expected is not None and expected.failure is not None:
+            view = self.host.look(instance_id)
+            remedy = self.repairs.remedy_for(row, expected.failure.cause, expected.failure.evidence, self.fleet(), view)
+        decision = self._apply(instance_id, lambda now_row, now: on_look(now_row, look, now, self.clocks.chance(), remedy))
+        if decision is None:
+            return
+        if Action.FORGIVE in decision.actions:
+            self._remember(decision.after)
+        if view is not None:
+            self.keep_evidence(decision, view)
 
     def _completed(self, row: Instance, look: Look) -> Look:
         """The look with what only this host can add: is it our process that answers, does it use the processor."""

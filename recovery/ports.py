@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
 from recovery.core.change import Change, Commit, Count, Incident, ModelEvent
+from recovery.core.diagnosis import GpuReading
 from recovery.core.host import HostRecord, HostView, PortHolder, RunRecord
 from recovery.core.instance import Instance
 
@@ -190,3 +191,20 @@ class Host(Protocol):
 
     def protect(self, instance: str, token: int) -> None:
         """Keep the log of this run: the first failing one of a crash loop."""
+
+
+class Gpu(Protocol):
+    """The cards of this host; a host without any has no readings, and that is no error."""
+
+    def readings(self) -> tuple[GpuReading, ...]:
+        """Return one reading per card."""
+
+    def xids(self, gpus: Sequence[int], since: float) -> tuple[int, ...]:
+        """Return the Xid events of these cards (all when empty) since an instant (Unix seconds)."""
+
+
+class Kernel(Protocol):
+    """What the kernel knows of an end."""
+
+    def oom_killed(self, pid: int, since: float) -> bool:
+        """True when the OOM killer took this process, as far as this host lets us see."""

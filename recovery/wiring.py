@@ -3,7 +3,7 @@
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ from typing import Any
 from recovery.adapters.processes import Processes
 from recovery.adapters.redis_store import RedisStore
 from recovery.adapters.redis_url import RedisUrl
+from recovery.core.diagnosis import GpuReading
 from recovery.core.fleet import Fleet
 from recovery.errors import ConfigError
 from recovery.host_service import Clocks, HostService
 from recovery.ports import Sender
+from recovery.repairing import Repairs
 from recovery.service import Service
 from recovery.settings import Settings, load_fleet, load_settings
 
@@ -53,15 +55,16 @@ def service(wiring: Wiring, sender: Sender) -> Service:
 
 def host_service(wiring: Wiring, sender: Sender, on_run: Callable[[str], None]) -> HostService:
     """The GPU host's side, with its processes under RECOVERY_HOME."""
-    settings = wiring.settings
+    settings, host = wiring.settings, Processes(wiring.settings.home)
     return HostService(
         name=settings.host,
         store=wiring.store,
         sender=sender,
-        host=Processes(settings.home),
+        host=host,
         fleet=FleetFile(settings),
         clocks=Clocks(wall=time.time, chance=random.random),
         operator_env=dict(os.environ),
+        repairs=Repairs(host, _NoGpu(), _NoKernel(), dict(os.environ), settings.home),
         on_run=on_run,
     )
 
@@ -94,6 +97,19 @@ class FleetFile:
                     raise
             self._seen = seen
         return self._fleet
+
+
+class _NoGpu:
+    def readings(self) -> tuple[GpuReading, ...]:
+        return ()
+
+    def xids(self, gpus: Sequence[int], since: float) -> tuple[int, ...]:
+        return ()
+
+
+class _NoKernel:
+    def oom_killed(self, pid: int, since: float) -> bool:
+        return False
 
 
 def _stamp(path: Path) -> tuple[Any, ...] | None:

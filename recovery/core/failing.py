@@ -233,7 +233,8 @@ def _weigh(row: Instance, failed: _Failed, u: float) -> _Outcome:
     counts = counting.failed(model, host, kind) + counting.detected(model, now - failed.at)
     if kind in GPU_OOMS or kind == "host_oom":
         counts += counting.out_of_memory(model, host, "host" if kind == "host_oom" else "gpu")
-    sees = {**row.sees, kind: row.sees.get(kind, 0) + 1}
+    keys = (kind, *(f"{kind}@{gpu}" for gpu in row.placement.gpus))
+    sees = row.sees | {key: row.sees.get(key, 0) + 1 for key in keys}
     why_not = _why_not(row, kind, failed.remedy)
     if why_not is not None:
         changes: dict[str, object] = {"sees": sees, "reason": f"{failed.text}; {why_not}"}

@@ -124,7 +124,7 @@ class Instance(Value):
     has_cuda_oom: bool = False
     incident: str | None = None
     validate_until: float | None = Field(None, description="a repair is validated when it still serves at this time")
-    sees: dict[str, int] = Field(default_factory=dict, description="failures by cause since the last forgiveness")
+    sees: dict[str, int] = Field(default_factory=dict, description="failures since the last forgiveness, by cause and by cause@gpu")
 
     @property
     def restart_count(self) -> int:

@@ -59,16 +59,21 @@ def wants_completion(row: Instance, steps: float | None) -> bool:
     return row.state is State.STARTING or steps is None or row.probe.steps is None or steps <= row.probe.steps
 
 
-def on_look(row: Instance, look: Look, now: float, u: float) -> Decision | None:
-    """Decide about what a look saw; None when it belongs to another run or the row no longer asks."""
+def on_look(row: Instance, look: Look, now: float, u: float, remedy: Remedy | None = None) -> Decision | None:
+    """
+    Decide about what a look saw; None when it belongs to another run or the row no longer asks.
+
+    `remedy` is for the failure that this look may turn out to be; without one it is answered by a restart.
+    """
+    remedy = remedy or Remedy()
     if row.state not in PROBED or look.run != row.run:
         return None
     row = row.evolve(probe=_remember(row.probe, look, now))
     if look.ready:
         return _answered(row, look, now)
     if row.state is State.STARTING:
-        return _loading(row, look, now, u)
-    return _failed(row, look, now, u)
+        return _loading(row, look, now, u, remedy)
+    return _failed(row, look, now, u, remedy)
 
 
 def _remember(probe: ProbeMemory, look: Look, now: float) -> ProbeMemory:
@@ -136,23 +141,23 @@ def _forgiven(row: Instance, now: float) -> Decision | None:
     return Decision(after=after, reason="stable", events=(said,), actions=(Action.FORGIVE,))
 
 
-def _loading(row: Instance, look: Look, now: float, u: float) -> Decision:
+def _loading(row: Instance, look: Look, now: float, u: float, remedy: Remedy) -> Decision:
     waited_s = now - (row.spawned_at or now)
     if waited_s >= row.policy.startup_timeout_s:
         text = f"not serving {waited_s:.0f} s after its start (startup_timeout_s {row.policy.startup_timeout_s:g})"
-        return liveness_lost(row, cause="startup_timeout", text=text, evidence=look.message, remedy=Remedy(), now=now, u=u)
+        return liveness_lost(row, cause="startup_timeout", text=text, evidence=look.message, remedy=remedy, now=now, u=u)
     wait = STARTUP_LOOK_S if waited_s < 60 else min(2.0, row.policy.health_check_interval)
     return Decision(after=row.evolve(look_at=now + wait), reason="still loading")
 
 
-def _failed(row: Instance, look: Look, now: float, u: float) -> Decision:
+def _failed(row: Instance, look: Look, now: float, u: float, remedy: Remedy) -> Decision:
     policy, probe = row.policy, row.probe
     after = row.evolve(look_at=now + policy.health_confirm_interval, reason=look.message)
     if probe.failures >= policy.failure_threshold:
         verdict = _verdict(row, look, now)
         if verdict is not None and policy.restart_policy != "no":
             cause, text = verdict
-            return liveness_lost(row, cause=cause, text=text, evidence=look.message, remedy=Remedy(), now=now, u=u)
+            return liveness_lost(row, cause=cause, text=text, evidence=look.message, remedy=remedy, now=now, u=u)
         if verdict is not None:
             after = after.evolve(
                 reason=f"{verdict[1]}; restart policy is 'no': reported, not touched", look_at=now + policy.health_check_interval
