@@ -135,7 +135,7 @@ class Client(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self._refuse(Refusal(501, "cannot upgrade a connection"))
+            self._refuse(Refusal(400, "cannot upgrade a connection"))
         except httptools.HttpParserError as error:
             cause = error.__context__
             refusal = self._refusal or (cause if isinstance(cause, Refusal) else None)
@@ -193,7 +193,7 @@ class Client(asyncio.Protocol):
             request.length = int(value)
         elif lower == b"transfer-encoding":
             if value.strip().lower() != b"chunked" or request.chunked:
-                self._reject(501, "only chunked transfer encoding is known")
+                self._reject(400, "only chunked transfer encoding is known")
             request.chunked = True
         elif lower == b"authorization":
             request.authorization = value
@@ -215,7 +215,9 @@ class Client(asyncio.Protocol):
         request.method = self._parser.get_method()
         version = self._parser.get_http_version()
         if version not in ("1.1", "1.0"):
-            self._reject(505, "only HTTP/1.1 and 1.0 are known")
+            self._reject(400, "only HTTP/1.1 and 1.0 are known")
+        if self._parser.should_upgrade():
+            self._reject(400, "cannot upgrade a connection")
         request.http10 = version == "1.0"
         if request.chunked and (request.length >= 0 or request.http10):
             self._reject(400, "Content-Length and Transfer-Encoding contradict each other")
