@@ -31,9 +31,10 @@ def wait_until(look: Callable[[], T], expected: Any = _TRUE, within_s: float = 1
     until = time.monotonic() + within_s
     while True:
         try:
-            seen: Any = look()
-            if _fits(seen, expected):
-                return seen
+            found = look()
+            if _fits(found, expected):
+                return found
+            seen: object = found
         except Exception as error:  # the thing looked at may not be there yet
             seen = error
         if time.monotonic() >= until:
@@ -64,6 +65,7 @@ class RedisServer:
         found = binary or shutil.which("redis-server") or shutil.which("valkey-server")
         if found is None:
             pytest.fail("no redis-server on PATH: the tests need a real one")
+        self.binary = found
         self._command = [found, "--port", "0", "--unixsocket", str(self.socket), "--dir", str(folder), "--save", ""]
         self._command += ["--appendonly", "yes" if aof else "no", "--appendfsync", "everysec", "--maxmemory-policy", "noeviction"]
         self._command += ["--logfile", str(folder / "redis.log"), *extra]
@@ -77,7 +79,7 @@ class RedisServer:
 
     def start(self) -> "RedisServer":
         """Start it and wait until it answers."""
-        self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        self.run(self._command)
         try:
             with self.client() as client:
                 wait_until(client.ping, True, within_s=60)
@@ -85,6 +87,10 @@ class RedisServer:
             self.stop()
             raise
         return self
+
+    def run(self, command: list[str]) -> None:
+        """Start this command in its place, which is what `stop` ends then."""
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
     def client(self) -> redis.Redis:
         """A plain client, for a test to look behind the store."""

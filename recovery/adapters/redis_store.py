@@ -4,6 +4,7 @@ The store in Redis or Valkey (6.2 or newer, not Cluster: the scripts touch sever
 Python decides, Redis commits: three scripts in `lua/` write, everything else reads or keeps small values with an end.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,17 +149,24 @@ class RedisStore(RedisRecords):
 
         The model's history and incidents stay until their time is up.
         """
-        row = _row(self._redis.hmget(self.keys.row(instance_id), _ROW_FIELDS))
-        with self._redis.pipeline(transaction=True) as pipe:
-            pipe.delete(self.keys.row(instance_id))
-            pipe.srem(self.keys.rows, instance_id)
-            if row is not None:
-                pipe.zrem(self.keys.queue("steps", row.placement.host), instance_id)
-                pipe.zrem(self.keys.queue("looks", row.placement.host), instance_id)
-                gone = {"instance": row.id, "model": row.model, "version": row.version + 1, "state": "deleted"}
-                fields: dict[Any, Any] = {**gone, "run": "", "base_url": "", "routable": 0}
-                pipe.xadd(self.keys.changes, fields, maxlen=self._changes_kept, approximate=True)
-            pipe.execute()
+        self._redis.transaction(functools.partial(self._delete, instance_id), self.keys.row(instance_id))
+
+    def _delete(self, instance_id: str, pipe: Any) -> None:
+        row = _row(pipe.hmget(self.keys.row(instance_id), _ROW_FIELDS))  # watched: whoever commits now makes this begin again
+        if row is None:
+            return
+        steps, looks = (self.keys.queue(queue, row.placement.host) for queue in ("steps", "looks"))
+        pipe.watch(steps, looks)
+        others = {*pipe.zrange(steps, 0, -1), *pipe.zrange(looks, 0, -1)} - {instance_id.encode()}
+        pipe.multi()
+        pipe.delete(self.keys.row(instance_id))
+        pipe.srem(self.keys.rows, instance_id)
+        pipe.zrem(steps, instance_id)
+        pipe.zrem(looks, instance_id)
+        if not others:
+            pipe.srem(self.keys.queue_hosts, row.placement.host)
+        gone = {"instance": row.id, "model": row.model, "version": row.version + 1, "state": "deleted"}
+        pipe.xadd(self.keys.changes, {**gone, "run": "", "base_url": "", "routable": 0}, maxlen=self._changes_kept, approximate=True)
 
     # What is due
 

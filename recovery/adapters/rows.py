@@ -47,7 +47,7 @@ def _migrated(doc: bytes, error: ValidationError | None) -> Instance:
         fields = json.loads(doc)
         found = fields.get("schema_version", SCHEMA)
     except (ValueError, AttributeError):
-        raise SchemaError(f"cannot read a row that is not a JSON object: {doc[:80]!r}; delete it and it is rebuilt from its host") from None
+        raise SchemaError(f"cannot read a row that is not a JSON object: {doc[:80]!r}; remove its key and its host makes it anew") from None
     name = fields.get("id")
     if not isinstance(found, int) or found > SCHEMA:
         raise SchemaError(f"cannot read the row of {name!r}: it has schema {found!r}, this part knows {SCHEMA}; upgrade this part")

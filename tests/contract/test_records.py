@@ -166,38 +166,38 @@ def test_incidents_are_bounded_and_the_oldest_go(world: World, with_a_row: bool)
 
 
 def test_once_lets_one_through_within_its_time(world: World) -> None:
-    assert world.store.once("tick", 150)
-    assert not world.store.once("tick", 150)
-    assert world.store.once("other", 150)
-    world.pass_time(0.2)
-    assert world.store.once("tick", 150)
+    assert world.store.once("tick", 1000)
+    assert not world.store.once("tick", 1000)
+    assert world.store.once("other", 1000)
+    world.pass_time(1.1)
+    assert world.store.once("tick", 1000)
 
 
 def test_a_heartbeat_ends_and_is_remembered(world: World) -> None:
-    world.store.beat("gpu-1", {"boot_id": "b", "runs": {"vllm-0": 5}}, 0.3)
+    world.store.beat("gpu-1", {"boot_id": "b", "runs": {"vllm-0": 5}}, 1.0)
     world.store.beat("gpu-2", {}, 600)
     alive = world.store.hosts()
     assert set(alive) == {"gpu-1", "gpu-2"}
     assert {name: alive["gpu-1"][name] for name in ("boot_id", "runs")} == {"boot_id": "b", "runs": {"vllm-0": 5}}
-    assert 0 <= alive["gpu-1"]["age_s"] < 0.3
+    assert 0 <= alive["gpu-1"]["age_s"] < 1.0
     assert "alive" not in alive["gpu-1"]
-    world.pass_time(0.35)
+    world.pass_time(1.1)
     assert set(world.store.hosts()) == {"gpu-2"}
     known = world.store.known_hosts()
     assert {name: info["alive"] for name, info in known.items()} == {"gpu-1": False, "gpu-2": True}
     assert known["gpu-1"]["boot_id"] == "b"
-    assert known["gpu-1"]["age_s"] >= 0.3
+    assert known["gpu-1"]["age_s"] >= 1.0
     world.store.beat("gpu-1", {"boot_id": "c"}, 600)
     assert world.store.hosts()["gpu-1"]["boot_id"] == "c"
 
 
 def test_small_values_end_by_themselves(world: World) -> None:
     world.store.put("front/a", {"in_flight": 3}, 600)
-    world.store.put("front/b", [1, "ü", None], 0.2)
+    world.store.put("front/b", [1, "ü", None], 1.0)
     world.store.put("brake", True, 600)
     assert world.store.get("front/a") == {"in_flight": 3}
     assert world.store.get_many("front/") == {"front/a": {"in_flight": 3}, "front/b": [1, "ü", None]}
-    world.pass_time(0.25)
+    world.pass_time(1.1)
     assert world.store.get("front/b") is None
     assert world.store.get_many("front/") == {"front/a": {"in_flight": 3}}
     world.store.put("front/a", 2, 600)
