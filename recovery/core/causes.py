@@ -59,8 +59,8 @@ HOPELESS: Final = frozenset(
     {Cause.BAD_ARGUMENT, Cause.CONFIG_ERROR, Cause.MODEL_NOT_FOUND, Cause.MODEL_GATED, Cause.BAD_MODEL_FILES, Cause.BROKEN_INSTALL}
 )
 
-SAME_FLAGS_FAIL: Final = HOPELESS | {Cause.CUDA_OOM_LOAD, Cause.KV_CACHE_TOO_SMALL, Cause.GPU_LOST, Cause.DISK_FULL}
-"""Starting it again unchanged does not help; changing a flag, the card or the disk may."""
+SAME_FLAGS_FAIL: Final = HOPELESS | {Cause.CUDA_OOM_LOAD, Cause.KV_CACHE_TOO_SMALL, Cause.GPU_LOST}
+"""Starting it again unchanged does not help; changing a flag or the card may."""
 
 CUDA_OOM_ADVICE: Final = (
     "Reduce `--gpu-memory-utilization` (default: 0.9)",
@@ -174,6 +174,7 @@ RULES: Final = (
         r"is not a local folder and is not a valid model identifier",
         r"Cannot find an appropriate cached snapshot folder",
         r"does not appear to have a file named config\.json",
+        r"No adapter found for ",
         phase="load",
     ),
     _rule(
@@ -204,6 +205,13 @@ RULES: Final = (
         r"not a valid JSON file|is not valid JSON|JSONDecodeError",
         r"weights were not initialized from checkpoint",
         phase="load",
+    ),
+    _rule(
+        Cause.BAD_MODEL_FILES,
+        r"The size of tensor a \(\d+\) must match the size of tensor b",
+        weight=Weight.GENERAL,
+        phase="load",
+        confidence="likely",
     ),
     # --- the machine
     _rule(

@@ -71,13 +71,24 @@ class ProbeFacts(Frozen):
     progress: bool | None = Field(None, description="whether the step counter moved between the looks")
 
 
+class GpuProcess(Frozen):
+    """A process that holds memory of a card."""
+
+    pid: int
+    used_bytes: int | None = Field(None, description="None: the driver does not tell")
+
+
 class GpuReading(Frozen):
     """One card at the time of the failure."""
 
     index: int
+    name: str = ""
     used_bytes: int = Field(0, ge=0)
     total_bytes: int = Field(0, ge=0)
+    utilization: float | None = Field(None, description="share of the last second or so that a kernel ran, 0 to 1")
+    processes: tuple[GpuProcess, ...] = ()
     lost: bool = Field(False, description="the driver no longer reaches it")
+    problem: str = ""
 
 
 class Evidence(Frozen):

@@ -52,7 +52,7 @@ _PREFIX: Final = re.compile(
     | [A-Z][a-z]{2}\ [\ \d]\d\ \d\d:\d\d:\d\d\ \S+\ \S+?\[\d+\]:\s                        # journald, syslog
     | [\w.-]+\s+\|\s                                                                      # docker compose
     | [|│]\s
-    | \((?P<source>[\w.]+(?:\ [\w=.]+)*?\ pid=\d+(?:,\ ip=[\d.a-f:]+)?)\)\s?              # vLLM and Ray
+    | \((?P<source>[\w.-]+(?:\ [\w=.]+)*?\ pid=\d+(?:,\ ip=[\d.a-f:]+)?)\)\s?              # vLLM and Ray
     | \(raylet\)\s
     | \[rank\d+\]:\s?                                                                     # torch
     )""",

@@ -362,6 +362,7 @@ def _after(now: Situation, step: Step) -> Situation:
         cause=now.cause,
         evidence=now.evidence,
         advice=now.advice,
+        suggested=now.suggested,
         failures=now.failures + 1,
         failures_by_gpu=by_gpu,
         overrides=step.overrides,

@@ -194,6 +194,13 @@ def cases() -> list[Case]:
     return [
         Case("ordinary-stop", act=serve_and_stop, stopping=stop),
         Case("odd-requests", ["--enable-log-requests", "--enable-log-outputs"], act=odd_requests, stopping=stop),
+        Case(
+            "prompts-in-the-log",
+            ["--enable-log-requests", "--enable-log-outputs"],
+            {"VLLM_LOGGING_LEVEL": "DEBUG"},
+            act=odd_requests,
+            stopping=stop,
+        ),
         Case("drain", ["--shutdown-timeout", "40"], act=drain, stopping=stop),
         Case("drain-cut-short", ["--shutdown-timeout", "3"], act=drain, stopping=stop),
         Case("sigint", act=kill(signal.SIGINT), stopping=stop),
@@ -218,7 +225,7 @@ def cases() -> list[Case]:
         Case("bad-number", ["--max-model-len", "many"]),
         Case("model-path-missing", model="/models/no/such"),
         Case("hub-model-offline", model="some-org/some-model"),
-        Case("folder-without-config", model="bin"),
+        Case("folder-without-config", model=model_folder("configless", lambda folder: (folder / "config.json").unlink())),
         Case("max-model-len-over-models", ["--max-model-len", "100000"]),
         Case("kv-cache-too-small", ["--max-model-len", "8192", "--kv-cache-memory-bytes", "8000000"], memory),
         Case("no-kv-cache", ["--kv-cache-memory-bytes", "1000"], memory),
@@ -273,6 +280,7 @@ def record(case: Case, folder: pathlib.Path) -> None:
         "signal": -code if code is not None and code < 0 else None,
         "was_ready": READY in text,
         "stopping": case.stopping,
+        "startup_timed_out": case.name == "load-hangs",
     }
     text = scrub(text if case.name == "ordinary-stop" else NOISE.sub("", text))
     (folder / f"{case.name}.log").write_text(json.dumps(facts) + "\n" + text)
@@ -280,7 +288,8 @@ def record(case: Case, folder: pathlib.Path) -> None:
 
 
 def scrub(text: str) -> str:
-    """`text` without this machine's folders, names and addresses."""
+    """`text` without this machine's folders, names and addresses, and without the ends of very long lines."""
+    text = re.sub(r"^(.{700}).+$", r"\1 [...]", text, flags=re.M)
     text = text.replace(str(HOME / "lib"), "/venv/lib").replace(str(HOME), "/venv").replace(os.uname().nodename, "host")
     text = re.sub(r"mq_connect_ip=[\d.]+", "mq_connect_ip=10.0.0.1", text)
     text = re.sub(r"(?<![\w:/])/[\w./-]*?/lib/python(3\.\d+)/(?!site-packages)", r"/usr/lib/python\1/", text)
