@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from recovery.committing import Committer
-from recovery.core import joining, stepping
+from recovery.core import braking, joining, stepping
+from recovery.core.change import ModelEvent
 from recovery.core.decision import Action, Decision
 from recovery.core.failing import ExitSeen, Remedy, on_exit, on_spawn_failed, unkillable
 from recovery.core.fleet import Fleet, InstancePlan, ModelSpec, digest
@@ -25,6 +26,7 @@ from recovery.repairing import Repairs
 
 CLAIM_S = 10.0
 """Lease of a start: how long another hand keeps off; a spawn takes 12 ms, a step never more than 2 s."""
+BRAKED_LOOK_S = 1.0
 EVIDENCE_TTL_S = 90 * 86_400.0
 """As long as an incident is kept."""
 
@@ -115,7 +117,34 @@ class HostService:
                     self.host.end_strays(row.id)
                 return self._wait(row, verdict.why, stepping.LOOK_AGAIN_S)
             case "spawn":
-                return self._spawn(row, fleet, made)
+                why = self._why_wait(row, fleet)
+                return self._wait(row, why, BRAKED_LOOK_S) if why is not None else self._spawn(row, fleet, made)
+
+    def _why_wait(self, row: Instance, fleet: Fleet) -> str | None:
+        """Limits on simultaneous loads, and the fleet brake."""
+        brake = self._brake()
+        rows = self.store.load_all()
+        now = self.store.now()
+        if brake is not None and brake.released_at is None and braking.over((other for other in rows if other.id != row.id), brake):
+            self.store.put(braking.BRAKE_KEY, brake.evolve(released_at=now).model_dump(mode="json"), braking.BRAKE_TTL_S)
+        return braking.why_wait(row, rows, fleet, brake, now)
+
+    def _brake(self) -> braking.Brake | None:
+        found = self.store.get(braking.BRAKE_KEY)
+        return braking.Brake.model_validate(found) if found is not None else None
+
+    def _put_brake_on(self, decision: Decision) -> None:
+        """After a failure: stop mass repair if many instances failed with this one cause."""
+        if decision.failure is None:
+            return
+        cause = decision.failure.cause
+        brake = braking.should_brake(self.store.load_all(), cause, self.fleet(), self._brake(), self.store.now())
+        if brake is not None:
+            self.store.put(braking.BRAKE_KEY, brake.model_dump(mode="json"), braking.BRAKE_TTL_S)
+            text = f"fleet brake put on: {len(brake.instances)} instances failed with {cause}; `recovery brake release` lifts it"
+            self.store.add_event(
+                decision.after.model, ModelEvent(kind="brake", text=text, data={"cause": cause, "instances": list(brake.instances)})
+            )
 
     def _spawn(self, row: Instance, fleet: Fleet, made: Launch) -> Started:
         try:
@@ -284,6 +313,7 @@ class HostService:
         self._remember(decision.after)
         if decision.failure is not None and decision.after.used <= 1:
             self.host.protect(instance_id, record.token)
+        self._put_brake_on(decision)
         self.keep_evidence(decision, view)
         return True
 
@@ -339,6 +369,7 @@ class HostService:
         if Action.FORGIVE in decision.actions:
             self._remember(decision.after)
         if view is not None:
+            self._put_brake_on(decision)
             self.keep_evidence(decision, view)
 
     def _completed(self, row: Instance, look: Look) -> Look:

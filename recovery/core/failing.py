@@ -12,7 +12,7 @@ from recovery.core.backoff import delay_s
 from recovery.core.change import Count
 from recovery.core.decision import Decision, Failure, due_at, event, move, new_token
 from recovery.core.fleet import Placement
-from recovery.core.instance import Desired, Instance, Intent, LastExit, ProbeMemory, Value
+from recovery.core.instance import Desired, Instance, Intent, LastExit, LastFailure, ProbeMemory, Value
 from recovery.core.launch import Override
 from recovery.core.states import Event, State
 
@@ -235,13 +235,14 @@ def _weigh(row: Instance, failed: _Failed, u: float) -> _Outcome:
         counts += counting.out_of_memory(model, host, "host" if kind == "host_oom" else "gpu")
     keys = (kind, *(f"{kind}@{gpu}" for gpu in row.placement.gpus))
     sees = row.sees | {key: row.sees.get(key, 0) + 1 for key in keys}
+    said = {"sees": sees, "last_failure": LastFailure(cause=kind, at=failed.at)}
     why_not = _why_not(row, kind, failed.remedy)
     if why_not is not None:
-        changes: dict[str, object] = {"sees": sees, "reason": f"{failed.text}; {why_not}"}
+        changes: dict[str, object] = {**said, "reason": f"{failed.text}; {why_not}"}
         return _Outcome(failed=failed, why_not=why_not, start_at=now, changes=changes, counts=counts)
     start_at = max(now, failed.at + delay_s(row.attempt, row.policy, u))
     changes = {
-        "sees": sees,
+        **said,
         "token": new_token(row, now),
         "attempt": row.attempt + 1,
         "used": row.used + 1,

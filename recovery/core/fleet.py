@@ -246,8 +246,8 @@ class FleetKeys(Frozen):
     addresses: dict[HostName, Text] = Field({}, description="network address of a host where its name does not resolve; fills {host}")
     port_range: PortRange = Field((8100, 8299), description="first and last port for {port}, per host")
 
-    max_loads_per_host: int = Field(2, ge=1, le=1000, description="servers that may load at once on one host")
-    max_loads_fleet: int = Field(8, ge=1, le=100_000, description="servers that may load at once in the fleet")
+    max_loads_per_host: int = Field(4, ge=1, le=1000, description="servers that may load at once on one host")
+    max_loads_fleet: int = Field(16, ge=1, le=100_000, description="servers that may load at once in the fleet")
     brake_failures: int = Field(5, ge=0, le=100_000, description="instances failing with one cause that stop mass repair; 0 = no brake")
     brake_window_s: float = Field(60, gt=0, le=86_400, json_schema_extra=SECONDS, description="seconds in which they must fail")
 

@@ -56,6 +56,13 @@ class LastExit(Value):
     clean: bool = False
 
 
+class LastFailure(Value):
+    """The last failure that took a restart from the budget, or would have."""
+
+    cause: str
+    at: float
+
+
 class ProbeMemory(Value):
     """What the next look needs to know of the looks before it. Belongs to one run."""
 
@@ -121,6 +128,7 @@ class Instance(Value):
 
     probe: ProbeMemory = ProbeMemory()
     last_exit: LastExit | None = None
+    last_failure: LastFailure | None = None
     has_cuda_oom: bool = False
     incident: str | None = None
     validate_until: float | None = Field(None, description="a repair is validated when it still serves at this time")
