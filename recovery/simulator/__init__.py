@@ -11,7 +11,8 @@ talks to the admin endpoint. Its text is a pure function of token ids: see `reco
 | options, faults | the command line; what may go wrong and its settings |
 | engine | the scheduler that makes the tokens, and the child process it runs in |
 | link | how the server speaks to its engine |
-| http, api, generation | HTTP/1.1, the endpoints, completions and chat |
+| http, api | HTTP/1.1, the endpoints |
+| wanted, generation | what a completion or chat asks for, and its answer |
 | metrics, lines, journal | vLLM's series, vLLM's log lines, the record of exec and exit |
 | server | load, signals, timers, the ways to end |
 """

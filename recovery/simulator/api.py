@@ -14,12 +14,13 @@ import orjson
 
 from recovery.simulator import lines
 from recovery.simulator.faults import ENGINE_FAULTS, FAULT_NAMES, Faults
-from recovery.simulator.generation import ENGINE_DEAD, ApiError, Failed, Generation, Json, Requests, read_request
+from recovery.simulator.generation import ENGINE_DEAD, Failed, Generation, Requests
 from recovery.simulator.http import Exchange, status_line
 from recovery.simulator.link import Link
 from recovery.simulator.metrics import Metrics
 from recovery.simulator.options import Options
 from recovery.simulator.tokens import decode, encode, fold, render_chat
+from recovery.simulator.wanted import ApiError, Json, read_request
 
 VERSION = "0.32.0"
 DONE = b"data: [DONE]\n\n"

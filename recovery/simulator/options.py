@@ -183,9 +183,9 @@ def _parser() -> _Parser:
     for name, default in ((name, getattr(Faults(), name)) for name in sorted(FAULT_NAMES)):
         flags = ("--" + name.replace("_", "-"), *_SHORT.get(name, ()))
         if isinstance(default, bool):
-            own(*flags, action="store_true", help="(fault)")
+            own(*flags, action="store_true", help="a lasting fault: see recovery/simulator/faults.py")
         else:
-            own(*flags, dest=name, type=type(default), default=default, help="(fault)")
+            own(*flags, dest=name, type=type(default), default=default, help="a lasting fault: see recovery/simulator/faults.py")
     return parser
 
 

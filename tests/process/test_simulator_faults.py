@@ -121,6 +121,24 @@ def test_a_stopped_engine_looks_healthy_and_gives_no_token(up):
     assert stream.ended().tokens == generate(HELLO, 40)
 
 
+@pytest.mark.parametrize("hung", [False, True])
+def test_an_engine_with_nothing_to_do_does_not_wake(up, hung):
+    server = up()
+    server.fault(engine_hang=hung)
+
+    def wakes() -> list[str]:
+        status = Path(f"/proc/{server.engine}/status").read_text().splitlines()
+        stat = Path(f"/proc/{server.engine}/stat").read_text().rpartition(")")[2].split()
+        return [line for line in status if "ctxt_switches" in line] + stat[11:13]
+
+    def quiet() -> bool:
+        before = wakes()
+        assert {server.status() for _ in range(50)} == {200}
+        return wakes() == before
+
+    wait_until(quiet)
+
+
 def test_a_killed_engine_ends_the_server_with_0(up):
     server = up(*SLOW, "--death-s", "2")
     stream = Stream(server).begun()
@@ -329,6 +347,7 @@ def test_sigterm_kills_a_stopped_engine(up):
     server = up()
     os.kill(server.engine, signal.SIGSTOP)
     assert server.terminate() == 0
+    assert "EngineDeadError" not in server.out
     assert server.strays() == []
 
 
