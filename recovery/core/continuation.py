@@ -39,6 +39,11 @@ REASONS: Mapping[str, str] = {
 """Why a stream that broke after its first event is ended with an error event instead of continued."""
 
 
+def _set(value: object) -> bool:
+    """True for everything but null and false; `logprobs: 0` asks for something."""
+    return value is not None and value is not False
+
+
 def _given(*names: str) -> Callable[[Body], bool]:
     return lambda body: any(body.get(name) for name in names)
 
@@ -107,7 +112,7 @@ RULES: tuple[tuple[str, Callable[[Body], bool]], ...] = (
     ("reasoning", _reasoning),
     ("structured", _structured),
     ("penalties", _penalised),
-    ("logprobs", lambda b: any(b.get(k) not in (None, False) for k in ("logprobs", "prompt_logprobs", "logprob_token_ids"))),
+    ("logprobs", lambda body: any(map(_set, map(body.get, ("logprobs", "prompt_logprobs", "logprob_token_ids"))))),
     ("choices", _many),
     ("multimodal", _multimodal),
     ("seed", lambda body: body.get("seed") is not None and body.get("temperature") != 0),
@@ -115,7 +120,7 @@ RULES: tuple[tuple[str, Callable[[Body], bool]], ...] = (
     ("min_tokens", lambda body: bool(body.get("min_tokens")) and bool(stop_strings(body))),
     ("bad_words", _given("bad_words")),
     ("transfer", _given("kv_transfer_params", "ec_transfer_params", "vllm_xargs", "logits_processors")),
-    ("unknown", lambda body: any(body[k] not in (None, False) for k in body if k not in KNOWN and not k.startswith("guided_"))),
+    ("unknown", lambda body: any(_set(body[k]) for k in body if k not in KNOWN and not k.startswith("guided_"))),
 )
 
 
