@@ -13,7 +13,7 @@ from recovery.core import braking, joining, stepping
 from recovery.core.change import ModelEvent
 from recovery.core.decision import Action, Decision
 from recovery.core.failing import ExitSeen, Remedy, on_exit, on_spawn_failed, unkillable
-from recovery.core.fleet import Fleet, InstancePlan, ModelSpec, digest
+from recovery.core.fleet import Fleet, InstancePlan, ModelSpec, digest, launch_digest
 from recovery.core.fleet_plan import plan, spare_ports
 from recovery.core.host import ExitRecord, HostView
 from recovery.core.instance import Desired, Instance, Value
@@ -99,6 +99,8 @@ class HostService:
             if raised.token != row.token:
                 return Started(outcome="refused", reason="this host has seen a newer token; the row is raised")
             row = raised
+        if row.planned != planned.placement:  # the file moved it; what a remedy had chosen belongs to the old place
+            row = row.evolve(placement=planned.placement, planned=planned.placement)
         made = launch(spec, row.placement, row.overrides, self._env)
         holder = self.host.port_holder(made.port) if made.port else None
         verdict = stepping.before_start(row, view, port_free=holder is None, port_ours=holder is not None and holder.ours)
@@ -118,7 +120,7 @@ class HostService:
                 return self._wait(row, verdict.why, stepping.LOOK_AGAIN_S)
             case "spawn":
                 why = self._why_wait(row, fleet)
-                return self._wait(row, why, BRAKED_LOOK_S) if why is not None else self._spawn(row, fleet, made)
+                return self._wait(row, why, BRAKED_LOOK_S) if why is not None else self._spawn(row, fleet, spec, made)
 
     def _why_wait(self, row: Instance, fleet: Fleet) -> str | None:
         """Limits on simultaneous loads, and the fleet brake."""
@@ -146,7 +148,7 @@ class HostService:
                 decision.after.model, ModelEvent(kind="brake", text=text, data={"cause": cause, "instances": list(brake.instances)})
             )
 
-    def _spawn(self, row: Instance, fleet: Fleet, made: Launch) -> Started:
+    def _spawn(self, row: Instance, fleet: Fleet, spec: ModelSpec, made: Launch) -> Started:
         try:
             self.host.write_record(row.id, joining.recorded(row, self.host.read_record(row.id), started_at=self.clocks.wall()))
             self.host.spawn(
@@ -165,17 +167,16 @@ class HostService:
             return self._spawn_failed(row, SpawnError(str(error)))
         except LeaseHeldError as error:
             return self._wait(row, str(error), stepping.LOOK_AGAIN_S)
-        return self._spawned(row, made, adopted=False)
+        placement = row.placement.model_copy(update={"port": made.port})
+        place = {"placement": placement, "planned": row.planned, "base_url": made.base_url, "launched": launch_digest(spec)}
+        return self._spawned(row, place, adopted=False)
 
-    def _spawned(self, row: Instance, made: Launch | None, *, adopted: bool) -> Started:
+    def _spawned(self, row: Instance, place: Mapping[str, object], *, adopted: bool) -> Started:
         """The row learns of the server; a newer decision means that this server has to go again."""
 
         def decide(now_row: Instance, now: float) -> Decision | None:
             decision = stepping.on_spawned(now_row, row.token, now, adopted=adopted)
-            if decision is None or made is None:
-                return decision
-            placement = decision.after.placement.model_copy(update={"port": made.port})
-            return decision.evolve(after=decision.after.evolve(placement=placement, base_url=made.base_url))
+            return decision.evolve(after=decision.after.evolve(**place)) if decision is not None else None
 
         if self._apply(row.id, decide) is None:
             self.host.kill(row.id, row.token)
@@ -217,7 +218,7 @@ class HostService:
     def _adopt(self, row: Instance, view: HostView) -> Started:
         if not view.keeper_alive:
             self.host.adopt(row.id)
-        return self._spawned(row, None, adopted=True)
+        return self._spawned(row, {}, adopted=True)
 
     # --- stop ----------------------------------------------------------------------------------------------------
 
@@ -408,7 +409,7 @@ class HostService:
         for planned in mine.values():
             self._join_one(fleet, planned, rows.get(planned.id), known=planned.id in known)
         for row in self.store.load_all():
-            if row.placement.host == self.name and row.id not in mine:
+            if row.placement.host == self.name and row.id not in mine and not self._serves_a_roll(row, fleet):
                 self._retire(row)
 
     def _join_one(self, fleet: Fleet, planned: InstancePlan, row: Instance | None, *, known: bool) -> None:
@@ -448,6 +449,12 @@ class HostService:
         except LeaseHeldError:
             return
 
+    def _serves_a_roll(self, row: Instance, fleet: Fleet) -> bool:
+        if not row.surge or row.model not in fleet.models:
+            return False
+        roll = self.store.get(f"roll:{row.model}")
+        return roll is not None and roll["state"] == "running"
+
     def _retire(self, row: Instance) -> None:
         """A row whose model left the file: stopped first, then forgotten."""
         if row.state in (State.STOPPED, State.COMPLETED, State.FAILED) and row.run is None and not self.host.look(row.id).server_alive:
@@ -456,7 +463,7 @@ class HostService:
         self._apply(row.id, joining.retired)
 
     def _forget_if_gone(self, row: Instance) -> None:
-        if self._spec_of(row) is None:
+        if row.surge or self._spec_of(row) is None:
             self.store.delete(row.id)
 
     # --- small things --------------------------------------------------------------------------------------------
@@ -466,10 +473,9 @@ class HostService:
         spec = fleet.models.get(row.model)
         if spec is None:
             return None
-        for planned in plan(fleet):
-            if planned.id == row.id:
-                return fleet, planned, spec
-        return None
+        if row.surge:
+            return fleet, InstancePlan(id=row.id, model=row.model, replica=row.replica, placement=row.planned or row.placement), spec
+        return next(((fleet, planned, spec) for planned in plan(fleet) if planned.id == row.id), None)
 
     def _apply(self, instance_id: str, decide: Callable[[Instance, float], Decision | None], *, send: bool = True) -> Decision | None:
         decision = self._committer.apply(instance_id, decide, send=send)

@@ -2,14 +2,17 @@
 The use cases that need no GPU host: commands, the tick, and views. Synchronous; every method is short.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from recovery.committing import Committer
 from recovery.core.commanding import Command, Refused, Verb, on_command, refusal
+from recovery.core.fleet import Fleet
 from recovery.core.instance import Instance, Value
 from recovery.core.states import State
 from recovery.errors import UnknownModelError
 from recovery.ports import Queue, Sender, Store
+from recovery.roller import Roller
 
 TICK_ONCE_MS = 800
 """A backlog of ticks (a worker that was away) collapses into one per this time; beat sends one a second."""
@@ -32,10 +35,11 @@ class Answer(Value):
 class Service:
     """The control side. `store` and `sender` may belong to any process of the fleet."""
 
-    def __init__(self, store: Store, sender: Sender) -> None:
+    def __init__(self, store: Store, sender: Sender, fleet: Callable[[], Fleet] | None = None) -> None:
         self.store = store
         self.sender = sender
         self.committer = Committer(store, sender)
+        self.roller = Roller(store, self.committer, fleet)
 
     def rows_of(self, model: str) -> tuple[Instance, ...]:
         """Return the rows of a model, replicas in order; raise `UnknownModelError` with the ids there are."""
@@ -76,6 +80,7 @@ class Service:
             return 0
         now = self.store.now()
         self.store.put("tick", now, ttl_s=86_400)
+        self.roller.advance()
         alive, sent = self.store.hosts(), 0
         for host in self.store.hosts_with_rows():
             if host not in alive:

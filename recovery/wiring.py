@@ -50,7 +50,7 @@ def build(settings: Settings | None = None) -> Wiring:
 
 def service(wiring: Wiring, sender: Sender) -> Service:
     """The control side."""
-    return Service(wiring.store, sender)
+    return Service(wiring.store, sender, FleetFile(wiring.settings) if wiring.settings.fleet is not None else None)
 
 
 def host_service(wiring: Wiring, sender: Sender, on_run: Callable[[str], None]) -> HostService:

@@ -13,7 +13,7 @@ from celery import Task
 
 from recovery import wiring
 from recovery.core.commanding import Command, Verb
-from recovery.errors import RecoveryError, StoreUnavailableError
+from recovery.errors import RecoveryError, StoreUnavailableError, UnknownModelError
 from recovery.service import Answer, Service
 from workers import watcher
 from workers.app import app
@@ -80,6 +80,18 @@ def check(model: str, by: str = "script") -> dict[str, Any]:
 def reset(model: str, by: str = "script") -> dict[str, Any]:
     """Clear a model's budget, backoff and overrides; one that gave up starts again."""
     return _command(model, verb=Verb.RESET, by=by)
+
+
+@app.task(name="recovery.roll")
+def roll(model: str, by: str = "script") -> dict[str, Any]:
+    """Restart a model's replicas one after another, none before the last one serves. Advanced by the tick."""
+    try:
+        begun = control().roller.begin(str(model))
+    except RecoveryError as error:
+        status = "unknown_model" if isinstance(error, UnknownModelError) else "refused"
+        return Answer(accepted=False, model=str(model)[:80], status=status, reason=str(error)).model_dump(mode="json")
+    instances = tuple({"instance": instance} for instance in begun.order)
+    return Answer(accepted=True, model=begun.model, status="ok", instances=instances, reason=begun.reason).model_dump(mode="json")
 
 
 # --- the clock ---------------------------------------------------------------------------------------------------------

@@ -321,3 +321,10 @@ def digest(spec: ModelSpec) -> str:
     """SHA-256 of everything that makes the entry what it is; equal on every host that has the same entry."""
     canonical = json.dumps(spec.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def launch_digest(spec: ModelSpec) -> str:
+    """SHA-256 of what a running server was started with: a change of it needs a restart, a change of policy does not."""
+    policy = set(Policy.model_fields) | {"replicas", "autostart", "fallback", "fallback_args"}
+    canonical = json.dumps(spec.model_dump(mode="json", exclude=policy), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -98,7 +98,11 @@ class Instance(Value):
     placement: Placement
     hosts: tuple[str, ...] = ()
     base_url: str | None = None
+    planned: Placement | None = Field(None, description="the fleet file's placement that `placement` came from")
+    surge: bool = Field(False, description="serves only while a roll restarts the model's one replica")
     spec_digest: str = ""
+    wanted: str = Field("", description="digest of how the fleet file starts it now")
+    launched: str = Field("", description="digest of how the present run was started")
     overrides: tuple[Override, ...] = ()
     degraded_since: float | None = None
 

@@ -7,7 +7,7 @@ token wins, a live server is taken over, and nothing is started that a human sto
 
 from recovery.core.commanding import Command, Verb, on_command
 from recovery.core.decision import Decision, due_at
-from recovery.core.fleet import InstancePlan, ModelSpec, Placement
+from recovery.core.fleet import InstancePlan, ModelSpec, Placement, launch_digest
 from recovery.core.host import HostRecord, HostView
 from recovery.core.instance import Desired, Instance
 from recovery.core.launch import Override
@@ -41,7 +41,9 @@ def new_row(
         placement=_placement(plan.placement, record) if known else plan.placement,
         hosts=hosts,
         base_url=base_url,
+        planned=plan.placement,
         spec_digest=digest,
+        wanted=launch_digest(spec),
         entered_at=now,
         token=max(record.token + 1, int(now * 1e6)),
     )
@@ -123,15 +125,15 @@ def retired(row: Instance, now: float) -> Decision | None:
 
 
 def _respecified(
-    row: Instance, plan: InstancePlan, spec: ModelSpec, *, digest: str, base_url: str | None, hosts: tuple[str, ...]
+    row: Instance, planned: InstancePlan, spec: ModelSpec, *, digest: str, base_url: str | None, hosts: tuple[str, ...]
 ) -> Instance | None:
     """The row with a changed fleet file's policy; None when nothing changed. A live server keeps its port and arguments."""
-    if row.spec_digest == digest and row.policy == spec.policy:
-        return None
-    changes: dict[str, object] = {"policy": spec.policy, "spec_digest": digest, "hosts": hosts}
-    if row.run is None:
-        changes |= {"placement": plan.placement, "base_url": base_url}
-    return row.evolve(**changes)
+    wanted = launch_digest(spec)
+    changes: dict[str, object] = {"policy": spec.policy, "spec_digest": digest, "hosts": hosts, "wanted": wanted}
+    if row.run is None and row.planned != planned.placement:
+        changes |= {"placement": planned.placement, "planned": planned.placement, "base_url": base_url}
+    after = row.evolve(**changes)
+    return None if after == row else after
 
 
 def _placement(planned: Placement, record: HostRecord) -> Placement:
