@@ -125,6 +125,9 @@ def test_a_stopped_engine_looks_healthy_and_gives_no_token(up):
 def test_an_engine_with_nothing_to_do_does_not_wake(up, hung):
     server = up()
     server.fault(engine_hang=hung)
+    if hung:
+        Stream(server)
+        wait_until(lambda: server.get("/admin/state").json()["in_flight"], 1)
 
     def wakes() -> list[str]:
         status = Path(f"/proc/{server.engine}/status").read_text().splitlines()
