@@ -21,9 +21,9 @@ SERVER, ENGINE, ORPHAN = "server", "engine", "orphan"
 
 
 def identity(given: str, fallback: str, environ: Mapping[str, str]) -> tuple[str, str]:
-    """Instance and token: `RECOVERY_RUN` is `TOKEN` or `INSTANCE:TOKEN`, `--instance` wins."""
-    instance, _, token = environ.get("RECOVERY_RUN", "").rpartition(":")
-    return given or instance or environ.get("RECOVERY_INSTANCE") or fallback, token
+    """Instance and token: `RECOVERY_RUN` is `TOKEN`, `INSTANCE:TOKEN` or `HOME/INSTANCE/TOKEN`; `--instance` wins."""
+    *before, token = re.split("[:/]", environ.get("RECOVERY_RUN", ""))
+    return given or (before[-1] if before else "") or environ.get("RECOVERY_INSTANCE") or fallback, token
 
 
 class Journal:

@@ -11,6 +11,7 @@ import httpx
 import orjson
 import pytest
 
+from recovery.simulator.journal import identity
 from recovery.simulator.lines import CONFIG_ERRORS, LOAD_ERRORS, SERVE_ERRORS
 from recovery.simulator.tokens import decode, encode, generate
 from tests.process.simulated import PATIENCE_S, Server, alive, free_port, wait_until
@@ -542,6 +543,20 @@ def journal(path: Path) -> list[dict[str, Any]]:
 
 def events(path: Path) -> list[tuple[Any, ...]]:
     return [(row["event"], row["instance"], row["token"], row.get("code", row.get("signal"))) for row in journal(path)]
+
+
+@pytest.mark.parametrize(
+    ("marker", "given", "expected"),
+    [
+        ("41", "", ("m@80", "41")),
+        ("m-0:41", "", ("m-0", "41")),
+        ("/home/x/m-0/41", "", ("m-0", "41")),
+        ("/home/x/m-0/41", "mine", ("mine", "41")),
+        ("", "", ("m@80", "")),
+    ],
+)
+def test_the_marker_names_instance_and_token(marker, given, expected):
+    assert identity(given, "m@80", {"RECOVERY_RUN": marker}) == expected
 
 
 def test_every_exec_and_exit_is_written_down(up, start, tmp_path):
