@@ -1,0 +1,73 @@
+"""
+The command line. Each module of this package is a group of commands and has a `register(app)`; a new one is found by itself.
+"""
+
+import importlib
+import pkgutil
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+import typer
+
+from recovery.cli.exits import EXIT_HELP, Exit, exit_of
+from recovery.errors import RecoveryError
+
+__all__ = ["Exit", "app", "main", "run"]
+
+app = typer.Typer(
+    name="recovery",
+    help=f"Keeps vLLM servers alive: starts them, sees them fail, repairs them.\n\n{EXIT_HELP}",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="show where an error came from", envvar="RECOVERY_DEBUG"),
+) -> None:
+    """Options of every command."""
+
+
+def _register() -> None:
+    for module in pkgutil.iter_modules(__path__):
+        if module.name == "__main__":
+            continue
+        register = getattr(importlib.import_module(f"{__name__}.{module.name}"), "register", None)
+        if register is not None:
+            register(app)
+
+
+_register()
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line; the exit code. No error leaves as a traceback unless --debug asks for it."""
+    debug = "--debug" in arguments
+    try:
+        return int(typer.main.get_command(app).main(args=list(arguments), prog_name="recovery", standalone_mode=False) or 0)
+    except click.exceptions.Exit as asked:
+        return int(asked.exit_code)
+    except click.ClickException as error:
+        error.show()
+        return Exit.USAGE
+    except (click.Abort, KeyboardInterrupt):
+        sys.stderr.write("interrupted\n")
+        return Exit.INTERRUPTED
+    except RecoveryError as error:
+        if debug:
+            traceback.print_exc()
+        sys.stderr.write(f"error: {error}\n")
+        return exit_of(error)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return Exit.REFUSED
+
+
+def main() -> None:
+    """Entry point of the `recovery` command."""
+    sys.exit(run(sys.argv[1:]))
