@@ -164,7 +164,7 @@ RULES: Final = (
         Cause.BAD_ARGUMENT, r": error: (?:unrecognized arguments|argument|the following arguments|ambiguous option|invalid)", phase="load"
     ),
     _rule(Cause.BAD_ARGUMENT, r"invalid (?:tool call|reasoning) parser", r"No such (?:tool|reasoning) parser", phase="load"),
-    _rule(Cause.PORT_IN_USE, r"[Aa]ddress already in use", r"EADDRINUSE", r"[Pp]ort \d+ is already in use", phase="load"),
+    _rule(Cause.PORT_IN_USE, r"[Aa]ddress already in use", r"EADDRINUSE", r"[Pp]ort \d+ is already in use"),
     _rule(
         Cause.MODEL_NOT_FOUND,
         r"HFValidationError",

@@ -166,8 +166,9 @@ class _Scan:
         if line.kind is Kind.STARTED:
             if self.ready or self.fatal or self.shutdown:
                 self.begin(False)
-        elif line.kind in (Kind.READY, Kind.SERVING):
-            if not self.fatal:
+        elif line.kind in (Kind.READY, Kind.SERVING, Kind.ANSWERED):
+            # An answer says nothing about an error of the same second, but that the time of loading was over.
+            if not self.fatal and not (self.ready and line.kind is Kind.ANSWERED):
                 self.ready = True
                 self.forget()
         elif line.kind is Kind.SHUTDOWN:

@@ -23,6 +23,7 @@ class Kind(Enum):
     ERROR = auto()
     STARTED = auto()  # a new process speaks for the first time: what stood before was another life
     READY = auto()
+    ANSWERED = auto()  # an access line: it is up, whatever the excerpt left out
     SERVING = auto()  # the engine's regular statistics: whatever went wrong before did not end it
     SHUTDOWN = auto()  # an orderly shutdown begins
     SHUT_DOWN = auto()  # and has ended
@@ -42,7 +43,7 @@ HINTS: Final = (
 )  # fmt: skip
 """A line that holds none of these is none of `Kind`, unless a traceback is open."""
 
-_INFO_HINTS: Final = ("startup complete", "throughput", "hut", "version ")
+_INFO_HINTS: Final = ("HTTP/1.", "startup complete", "throughput", "hut", "version ")
 
 _COLOUR: Final = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _PREFIX: Final = re.compile(
@@ -51,7 +52,7 @@ _PREFIX: Final = re.compile(
     | (?:stdout|stderr)\ [FP]\ ?                                                          # containerd
     | [A-Z][a-z]{2}\ [\ \d]\d\ \d\d:\d\d:\d\d\ \S+\ \S+?\[\d+\]:\s                        # journald, syslog
     | [\w.-]+\s+\|\s                                                                      # docker compose
-    | [|│]\s
+    | \s*[|│]\s
     | \((?P<source>[\w.-]+(?:\ [\w=.]+)*?\ pid=\d+(?:,\ ip=[\d.a-f:]+)?)\)\s?              # vLLM and Ray
     | \(raylet\)\s
     | \[rank\d+\]:\s?                                                                     # torch
@@ -76,6 +77,8 @@ _NATIVE: Final = re.compile(
 )
 _NOT_AN_EVENT: Final = re.compile(r"Dumping |Error with model|Error in preprocessing prompt|Error while (?:processing|validating) request")
 """Records of level ERROR about a request, or that print what was in flight: their text is the client's."""
+
+_ACCESS: Final = re.compile(r'[\w.:\[\]]+ - "[A-Z]+ \S+ HTTP/')
 
 _AFTER_EXCEPTION: Final = 12
 """Lines that an exception's message may go on for (pydantic's and the hub's do)."""
@@ -169,6 +172,8 @@ def _in_traceback(open_: dict[str, _Traceback], key: str, text: str, raw: str) -
 
 def _mark(text: str) -> Kind | None:
     """Which mark of the server's life an INFO record is, if any."""
+    if _ACCESS.match(text):
+        return Kind.ANSWERED
     if text.startswith("Application startup complete"):
         return Kind.READY
     if "Avg prompt throughput" in text:

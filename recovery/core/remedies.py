@@ -265,11 +265,16 @@ def _change_flag(now: Situation, rung: Rung) -> Step | None:
     return _step(now, K.OVERRIDE, f"trying {said} ({why}) after {_times(now)}", add=_override(now, rung.flag, value))
 
 
+def _fits(now: Situation, setting: str, current: float | None, *, at_least: float) -> float | None:
+    """What vLLM says would fit, where that is less than what is set and still of use."""
+    fits = now.suggested.get(setting)
+    return fits if fits is not None and at_least <= fits and (current is None or fits < current) else None
+
+
 def _model_len(now: Situation) -> tuple[str, str] | None:
     given = next(iter(values_of(now.args, "--max-model-len")), None)
     current = _number(given)
-    fits = now.suggested.get("max_model_len")
-    if fits and (current is None or fits < current):
+    if fits := _fits(now, "max_model_len", current, at_least=16):
         return str(int(fits)), "what vLLM says would fit"
     if given is None:
         return "auto", "what fits in its memory"  # vLLM since 0.11
@@ -280,8 +285,7 @@ def _model_len(now: Situation) -> tuple[str, str] | None:
 
 def _num_seqs(now: Situation) -> tuple[str, str] | None:
     current = _number(next(iter(values_of(now.args, "--max-num-seqs")), None))
-    fits = now.suggested.get("max_num_seqs")
-    if fits and (current is None or fits < current):
+    if fits := _fits(now, "max_num_seqs", current, at_least=1):
         return str(int(fits)), "half of what it could not warm up"
     smaller = int((current or MAX_NUM_SEQS) // 4)
     return (str(smaller), f"a quarter of {int(current or MAX_NUM_SEQS)}") if smaller else None
@@ -289,8 +293,7 @@ def _num_seqs(now: Situation) -> tuple[str, str] | None:
 
 def _utilization(now: Situation) -> tuple[str, str] | None:
     current = _number(next(iter(values_of(now.args, "--gpu-memory-utilization")), None)) or UTILIZATION
-    fits = now.suggested.get("gpu_memory_utilization")
-    if fits and fits < current:
+    if fits := _fits(now, "gpu_memory_utilization", current, at_least=0.05):
         return f"{fits:g}", "what is free on the card"
     if now.cause is Cause.GPU_MEMORY_TAKEN:
         return None

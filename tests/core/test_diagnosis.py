@@ -73,6 +73,16 @@ def test_an_error_that_the_server_outlived_is_forgotten():
     assert cause_of(READY, NO_SPACE, FATAL, STATISTICS, signal=9) is Cause.DISK_FULL
 
 
+def test_an_access_line_tells_that_the_time_of_loading_was_over():
+    access = 'INFO:     127.0.0.1:51596 - "POST /v1/completions HTTP/1.1" 400 Bad Request'
+    unreachable = "aiohttp.client_exceptions.ClientConnectorDNSError: Cannot connect to host x:443 [Name or service not known]"
+
+    assert cause_of(access, OOM) is Cause.CUDA_OOM_SERVING
+    assert cause_of(READY, OOM, access, FATAL) is Cause.CUDA_OOM_SERVING
+    assert cause_of(unreachable, access) is None
+    assert cause_of(unreachable, exit_code=1) is Cause.NETWORK
+
+
 def test_of_several_lives_in_one_file_only_the_last_counts():
     start = "INFO 11-24 21:02:31 [api_server.py:1043] vLLM API server version 0.8.5"
 
@@ -292,7 +302,7 @@ def test_a_file_is_read_as_a_stream():
         yield from ('INFO:     127.0.0.1:51596 - "POST /v1/completions HTTP/1.1" 200 OK\n' for _ in range(100_000))
         yield OOM
 
-    assert diagnose_file_lines(endless(), exit_code=0).cause is Cause.CUDA_OOM_LOAD
+    assert diagnose_file_lines(endless(), exit_code=0).cause is Cause.CUDA_OOM_SERVING
     assert diagnose_file_lines(io.StringIO(f"{READY}\n{OOM}\n{FATAL}\n")).cause is Cause.CUDA_OOM_SERVING
 
 

