@@ -11,7 +11,7 @@ from typing import Any
 
 from celery import Task
 
-from recovery import wiring
+from recovery import host_logs, wiring
 from recovery.core.commanding import Command, Verb
 from recovery.errors import RecoveryError, StoreUnavailableError, UnknownModelError
 from recovery.service import Answer, Service
@@ -145,6 +145,23 @@ def probe_host(instances: list[str], sent_at: float) -> None:
             worker.looks.submit(instances)
     except RecoveryError as error:
         log.warning("probe_host: %s", error)
+
+
+@app.task(name="recovery.read_logs", send_events=False)
+def read_logs(instance: str, opts: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Lines of a run's log, redacted: `opts` may hold lines (1 to 10000), run (a token) and after (a position told before)."""
+    try:
+        asked = opts or {}
+        run, after = asked.get("run"), asked.get("after")
+        return host_logs.read_logs(
+            watcher.current().service,
+            str(instance),
+            lines=int(asked.get("lines", 100)),
+            run=None if run is None else int(run),
+            after=None if after is None else str(after),
+        )
+    except (RecoveryError, ValueError, TypeError) as error:
+        return {"error": "refused", "detail": _short(error)}
 
 
 @app.task(name="recovery.served", ignore_result=True, send_events=False)
