@@ -12,7 +12,7 @@ from typing import Any
 
 from recovery.core import remedies
 from recovery.core.causes import Cause
-from recovery.core.diagnosis import Diagnosis, Evidence, diagnose, has_cuda_oom
+from recovery.core.diagnosis import Diagnosis, Evidence, GpuReading, diagnose, has_cuda_oom
 from recovery.core.failing import ExitSeen, Remedy
 from recovery.core.fleet import Fleet, ModelSpec
 from recovery.core.fleet_plan import plan, spare_ports, uses
@@ -34,6 +34,10 @@ class Repairs:
 
     def __init__(self, host: Host, gpu: Gpu, kernel: Kernel, operator_env: Mapping[str, str], home: Path) -> None:
         self._host, self._gpu, self._kernel, self._env, self._home = host, gpu, kernel, operator_env, home
+
+    def cards(self) -> tuple[GpuReading, ...]:
+        """This host's cards as they are now."""
+        return self._gpu.readings()
 
     def exit_seen(self, row: Instance, record: ExitRecord, view: HostView, fleet: Fleet, *, at: float) -> ExitSeen:
         """The end of a run with its cause and what to do about it; `at` in Redis' time."""

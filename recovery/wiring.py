@@ -3,15 +3,16 @@
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recovery.adapters.gpu import Nvml
+from recovery.adapters.kernel_log import KernelLog
 from recovery.adapters.processes import Processes
 from recovery.adapters.redis_store import RedisStore
 from recovery.adapters.redis_url import RedisUrl
-from recovery.core.diagnosis import GpuReading
 from recovery.core.fleet import Fleet
 from recovery.errors import ConfigError
 from recovery.host_service import Clocks, HostService
@@ -55,7 +56,7 @@ def service(wiring: Wiring, sender: Sender) -> Service:
 
 def host_service(wiring: Wiring, sender: Sender, on_run: Callable[[str], None]) -> HostService:
     """The GPU host's side, with its processes under RECOVERY_HOME."""
-    settings, host = wiring.settings, Processes(wiring.settings.home)
+    settings, host, kernel = wiring.settings, Processes(wiring.settings.home), KernelLog()
     return HostService(
         name=settings.host,
         store=wiring.store,
@@ -64,7 +65,7 @@ def host_service(wiring: Wiring, sender: Sender, on_run: Callable[[str], None]) 
         fleet=FleetFile(settings),
         clocks=Clocks(wall=time.time, chance=random.random),
         operator_env=dict(os.environ),
-        repairs=Repairs(host, _NoGpu(), _NoKernel(), dict(os.environ), settings.home),
+        repairs=Repairs(host, Nvml(kernel=kernel), kernel, dict(os.environ), settings.home),
         on_run=on_run,
     )
 
@@ -97,19 +98,6 @@ class FleetFile:
                     raise
             self._seen = seen
         return self._fleet
-
-
-class _NoGpu:
-    def readings(self) -> tuple[GpuReading, ...]:
-        return ()
-
-    def xids(self, gpus: Sequence[int], since: float) -> tuple[int, ...]:
-        return ()
-
-
-class _NoKernel:
-    def oom_killed(self, pid: int, since: float) -> bool:
-        return False
 
 
 def _stamp(path: Path) -> tuple[Any, ...] | None:

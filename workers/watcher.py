@@ -137,7 +137,8 @@ class HostWorker:
     def _facts(self) -> dict[str, Any]:
         host = self.service.host
         tokens = {instance: str(host.read_record(instance).token) for instance in host.instances()}
-        return {"wall": time.time(), "boot_id": self._boot_id, "tokens": tokens, "served_at": self._served_at}
+        gpus = [reading.model_dump() for reading in self.service.repairs.cards()]
+        return {"gpus": gpus, "wall": time.time(), "boot_id": self._boot_id, "tokens": tokens, "served_at": self._served_at}
 
 
 class HostStep(bootsteps.StartStopStep):  # type: ignore[misc]
