@@ -407,10 +407,35 @@ class HostService:
         rows = {row.id: row for row in self.store.load_many(tuple(mine))}
         known = frozenset(self.host.instances())
         for planned in mine.values():
-            self._join_one(fleet, planned, rows.get(planned.id), known=planned.id in known)
+            row = rows.get(planned.id)
+            if row is not None and row.placement.host != self.name:
+                self._yield(row)
+            else:
+                self._join_one(fleet, planned, row, known=planned.id in known)
         for row in self.store.load_all():
-            if row.placement.host == self.name and row.id not in mine and not self._serves_a_roll(row, fleet):
-                self._retire(row)
+            if row.placement.host == self.name and row.id not in mine:
+                self.reconcile(row.id) if self._may_stay(row, fleet) else self._retire(row)
+
+    def _may_stay(self, row: Instance, fleet: Fleet) -> bool:
+        """Rows on this host that its plan does not name: one that serves during a roll, one that was moved here."""
+        spec = fleet.models.get(row.model)
+        if spec is None:
+            return False
+        if row.surge:
+            roll = self.store.get(f"roll:{row.model}")
+            return roll is not None and roll["state"] == "running"
+        return spec.reschedule and self.name in fleet.hosts_of(spec) and any(planned.id == row.id for planned in plan(fleet))
+
+    def _yield(self, row: Instance) -> None:
+        """A row that lives on another host now: whatever this host still has of it is older and goes."""
+        try:
+            with self.host.step_lock(row.id):
+                view = self.host.look(row.id)
+                if view.run is not None and view.run.token < row.token and (view.server_alive or view.strays):
+                    self.host.kill(row.id, view.run.token)
+                    self.host.end_strays(row.id)
+        except LeaseHeldError:
+            return
 
     def _join_one(self, fleet: Fleet, planned: InstancePlan, row: Instance | None, *, known: bool) -> None:
         spec = fleet.models[planned.model]
@@ -449,12 +474,6 @@ class HostService:
         except LeaseHeldError:
             return
 
-    def _serves_a_roll(self, row: Instance, fleet: Fleet) -> bool:
-        if not row.surge or row.model not in fleet.models:
-            return False
-        roll = self.store.get(f"roll:{row.model}")
-        return roll is not None and roll["state"] == "running"
-
     def _retire(self, row: Instance) -> None:
         """A row whose model left the file: stopped first, then forgotten."""
         if row.state in (State.STOPPED, State.COMPLETED, State.FAILED) and row.run is None and not self.host.look(row.id).server_alive:
@@ -475,7 +494,10 @@ class HostService:
             return None
         if row.surge:
             return fleet, InstancePlan(id=row.id, model=row.model, replica=row.replica, placement=row.planned or row.placement), spec
-        return next(((fleet, planned, spec) for planned in plan(fleet) if planned.id == row.id), None)
+        found = next((planned for planned in plan(fleet) if planned.id == row.id), None)
+        if found is None or (found.placement.host != self.name and not self._may_stay(row, fleet)):
+            return None
+        return fleet, found, spec
 
     def _apply(self, instance_id: str, decide: Callable[[Instance, float], Decision | None], *, send: bool = True) -> Decision | None:
         decision = self._committer.apply(instance_id, decide, send=send)
