@@ -20,7 +20,7 @@ from recovery.core.instance import Desired, Instance, Value
 from recovery.core.launch import Launch, launch
 from recovery.core.looking import Look, on_look
 from recovery.core.states import ENDING, PROBED, State
-from recovery.errors import DiskError, LeaseHeldError, SpawnError, StaleTokenError, VersionConflictError
+from recovery.errors import DiskError, LeaseHeldError, SpawnError, StaleTokenError, UnknownModelError, VersionConflictError
 from recovery.ports import Host, Sender, Store
 from recovery.repairing import Repairs
 
@@ -393,6 +393,14 @@ class HostService:
         """How the row's run was or would be started; None when this host's file does not know its model."""
         found = self._spec_of(row)
         return launch(found[2], row.placement, row.overrides, self._env) if found else None
+
+    def plan_of(self, instance_id: str, cause: str | None) -> dict[str, Any]:
+        """The ladder left for a cause (by default the last failure's), as data for people."""
+        row = self.store.load(instance_id)
+        if row is None:
+            raise UnknownModelError(f"cannot plan for {instance_id[:80]!r}: there is no such instance")
+        wanted = cause or (row.last_failure.cause if row.last_failure is not None else "engine_died")
+        return {"instance": row.id, "cause": wanted, "steps": self.repairs.plan(row, wanted, self.fleet(), self.host.look(row.id))}
 
     # --- joining -------------------------------------------------------------------------------------------------
 

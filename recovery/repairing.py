@@ -21,6 +21,7 @@ from recovery.core.instance import Desired, Instance
 from recovery.core.launch import launch
 from recovery.core.redaction import RedactionConfig, redact_lines, redact_text, secret_values
 from recovery.core.states import PROBED
+from recovery.errors import ConfigError
 from recovery.ports import Gpu, Host, Kernel
 
 DIAGNOSED_BYTES = 262_144
@@ -90,6 +91,18 @@ class Repairs:
         """The next rung for a cause that a look found: nothing has ended yet, so there is no log to weigh."""
         known = next((each for each in Cause if each.value == cause), None)
         return self.remedy(row, Diagnosis(cause=known, evidence=evidence), fleet, view)
+
+    def plan(self, row: Instance, cause: str, fleet: Fleet, view: HostView) -> list[dict[str, Any]]:
+        """Every rung left for this cause, should it come back after each; `ConfigError` names the causes there are."""
+        known = next((each for each in Cause if each.value == cause), None)
+        spec = fleet.models.get(row.model)
+        if known is None or spec is None:
+            raise ConfigError(f"cannot plan for cause {cause[:60]!r}; there are: {', '.join(each.value for each in Cause)}")
+        hide = self.hidden(fleet, spec)
+        evidence = row.last_exit.evidence if row.last_exit is not None and row.last_exit.cause == cause else ""
+        found = Diagnosis(cause=known, evidence=evidence)
+        steps = remedies.plan(self.situation(row, found, fleet, spec, view))
+        return [{**step.model_dump(mode="json"), "reason": redact_text(step.reason, hide)} for step in steps]
 
     def situation(self, row: Instance, found: Diagnosis, fleet: Fleet, spec: ModelSpec, view: HostView) -> remedies.Situation:
         """What the ladder is asked about: the failure, what was tried, what there is to try."""

@@ -164,6 +164,23 @@ def read_logs(instance: str, opts: dict[str, Any] | None = None) -> dict[str, An
         return {"error": "refused", "detail": _short(error)}
 
 
+@app.task(name="recovery.join_host")
+def join_host() -> dict[str, Any]:
+    """Read the fleet file again now and bring the rows of this host up to it."""
+
+    def join(worker: watcher.HostWorker) -> dict[str, Any]:
+        worker.service.join()
+        return {"outcome": "joined", "host": worker.name}
+
+    return _on_host(join)
+
+
+@app.task(name="recovery.plan_instance")
+def plan_instance(instance: str, cause: str | None = None) -> dict[str, Any]:
+    """What would be done about the next failure of an instance, step by step; nothing is done."""
+    return _on_host(lambda worker: {"outcome": "planned", **worker.service.plan_of(instance, cause)})
+
+
 @app.task(name="recovery.served", ignore_result=True, send_events=False)
 def served(host: str) -> None:
     """The round trip through a host's own queue: a worker that is up but deaf shows only here."""
