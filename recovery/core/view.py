@@ -208,7 +208,7 @@ def instance_view(row: Instance, now: float, hosts: Container[str]) -> InstanceV
         gpus=row.placement.gpus,
         is_running=running,
         is_healthy=ready,
-        health_message=None if ready else _why_not_ready(row, now, host_alive),
+        health_message=None if ready else _why_not_ready(row, host_alive),
         run=row.run,
         uptime_seconds=round(max(0.0, now - row.spawned_at), 3) if running and row.spawned_at is not None else None,
         started_at=row.spawned_at if running else None,
@@ -249,10 +249,10 @@ def _override(step: Override) -> OverrideView:
     return OverrideView(flag=step.flag, value=shown, cause=step.cause, since=step.since.timestamp())
 
 
-def _why_not_ready(row: Instance, now: float, host_alive: bool) -> str:
+def _why_not_ready(row: Instance, host_alive: bool) -> str:
     """One sentence for the field that the specification keeps null while all is well."""
     seen = row.probe.message if row.state in (S.UNHEALTHY, S.STARTING) else None
-    said = seen or row.reason or f"{row.state.value} for {max(0.0, now - row.entered_at):.0f} s"
+    said = seen or row.reason or row.state.value
     return said if host_alive else f"host '{row.placement.host}' has not been heard from; last seen {row.state.value}: {said}"
 
 
