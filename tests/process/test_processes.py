@@ -1,5 +1,6 @@
 """The host's processes, with real ones: what dies, what must not, what is known afterwards."""
 
+import json
 import os
 import signal
 import subprocess
@@ -312,7 +313,7 @@ def test_a_command_that_does_not_exist_says_so(host: Host) -> None:
     view = host.over()
     assert view.run is None and view.exit is not None and view.exit.token == 5
     assert view.exit.spawn_error == "cannot execute no-such-command: No such file or directory"
-    assert list((host.disk.folder(A) / "tmp").iterdir()) == []
+    assert not Path(json.loads((host.disk.folder(A) / "spec.json").read_text())["tmpdir"]).exists()
 
 
 def test_a_command_that_is_not_executable_says_so(host: Host, tmp_path: Path) -> None:
@@ -526,7 +527,10 @@ def test_who_listens(host: Host) -> None:
         holder = host.port_holder(mine)
         assert holder is not None and (holder.pid, holder.ours) == (os.getpid(), False)
         assert not host.listens(A, mine)
-    assert host.port_holder(mine) is None
+        client = socket.create_connection(("::1", mine))
+        served, _ = own.accept()
+    with client, served:  # a connection that outlives its listener holds nothing
+        assert host.port_holder(mine) is None
 
 
 def test_the_cpu_time_of_the_whole_tree(host: Host) -> None:
