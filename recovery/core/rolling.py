@@ -30,6 +30,7 @@ class Roll(Value):
     since: float | None = None
     surge: Placement | None = Field(None, description="where a second replica may serve meanwhile; None: there is no place")
     surge_id: str | None = None
+    failure: str | None = Field(None, description="why it stops, once that is known; only cleaning up is left")
     state: Literal["running", "done", "failed"] = "running"
     reason: str = ""
     finished_at: float | None = None
@@ -46,7 +47,7 @@ class RollStep(Value):
 def next_step(roll: Roll, rows: tuple[Instance, ...], now: float) -> RollStep:
     """The next step of a roll, from the rows as they are; calling it twice on the same rows gives the same step."""
     by_id = {row.id: row for row in rows}
-    failed = _failure(roll, by_id)
+    failed = roll.failure or _failure(roll, by_id)
     if failed is not None:
         return _end(roll, by_id, now, "failed", failed)
     if roll.current is not None:
@@ -94,5 +95,7 @@ def _end(roll: Roll, rows: dict[str, Instance], now: float, state: Literal["done
     roll = roll.evolve(reason=reason)
     surge = rows.get(roll.surge_id or "")
     if surge is not None and surge.state not in (State.STOPPED, State.STOPPING, State.DRAINING):
-        return RollStep(kind="drop_surge", roll=roll.evolve(surge=None, current=None), instance=surge.id)
+        return RollStep(
+            kind="drop_surge", roll=roll.evolve(surge=None, current=None, failure=reason if state == "failed" else None), instance=surge.id
+        )
     return RollStep(kind="finish", roll=roll.evolve(state=state, current=None, finished_at=now))
