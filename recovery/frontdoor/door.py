@@ -293,10 +293,22 @@ class Door:
         for endpoint in self.fleet.endpoints():
             while endpoint.idle and endpoint.idle[0].idle_since < oldest:
                 endpoint.idle.pop(0).close()
+        self._bound_replay()
         if self.keys is not None:
             self.keys.refresh(now)
         if self.access_log is not None:
             self.access_log.flush()
+
+    def _bound_replay(self) -> None:
+        """Keep what is kept for continuations within its total, at the cost of the longest streams."""
+        records = [e.record for e in self.live if e.record is not None and e.record.recording]
+        total = sum(record.size for record in records)
+        if total > self.settings.replay_total_tokens:
+            for record in sorted(records, key=lambda record: -record.size):
+                total -= record.size
+                record.forget("too_long")
+                if total <= self.settings.replay_total_tokens:
+                    return
 
     async def drain(self, timeout_s: float, linger_s: float = 2.0) -> bool:
         """

@@ -63,7 +63,10 @@ class ModelMeter:
 
     def replica(self, instance: str) -> ReplicaMeter:
         """The replica's meter, made at first sight; `""` stands for "no replica"."""
-        return self.replicas.setdefault(instance, ReplicaMeter())
+        meter = self.replicas.get(instance)
+        if meter is None:
+            meter = self.replicas[instance] = ReplicaMeter()
+        return meter
 
 
 class Meters:
@@ -75,7 +78,9 @@ class Meters:
         self.refused: Counter[int] = Counter()
 
     def model(self, name: str) -> ModelMeter:
-        return self.models.setdefault(name, ModelMeter())
+        if name not in self.models:
+            self.models[name] = ModelMeter()
+        return self.models[name]
 
     def describe(self) -> list[Metric]:
         """Nothing in advance: names depend on no state, and a registry would otherwise collect at registration."""

@@ -3,7 +3,7 @@
 from array import array
 from typing import Any
 
-from recovery.core.continuation import Body, Kind, StopScanner, why_not
+from recovery.core.continuation import Body, Kind, StopScanner, stop_strings, why_not
 
 _FREE = {"role", "content", "refusal", "audio", "annotations"}
 """Parts of a chat's delta that are no parser's work."""
@@ -11,14 +11,14 @@ _FREE = {"role", "content", "refusal", "audio", "annotations"}
 
 class Record:
     """
-    The ids and the text of one stream, and whether it may be continued (`trouble` is None, else a key of `REASONS`).
+    The ids of one stream, as much of its text as is needed beside them, and whether it may be continued (`trouble` is None, else a key of `REASONS`).
 
     `clean` is how many ids end at a whole character that the client has: ids after it belong to a character that is
     still pending, and are generated again.
     """
 
     __slots__ = (
-        "_limit", "body", "clean", "created", "events", "id", "ids", "kind", "merged", "model", "prompt", "scanner",
+        "_exact", "_limit", "base", "body", "clean", "count", "created", "events", "id", "ids", "kind", "merged", "model", "prompt", "scanner",
         "text", "trouble", "unsent", "wants_ids",
     )  # fmt: skip
 
@@ -29,7 +29,10 @@ class Record:
         self.prompt: array[int] | None = None
         self.ids: array[int] = array("I")
         self.text = bytearray()
-        self.clean = self.events = 0
+        self.base = 0
+        """How many ids lie before the first of `text`: what is known to be whole needs no text."""
+        self._exact = not stop_strings(body)
+        self.clean = self.count = self.events = 0
         self.merged = False
         """The last event with text had several ids: the last of them may begin a character the text does not show."""
         self.id: str | None = None
@@ -40,6 +43,11 @@ class Record:
         self.scanner: StopScanner | None = None
 
     @property
+    def size(self) -> int:
+        """Ids kept."""
+        return len(self.ids) + len(self.prompt or ())
+
+    @property
     def recording(self) -> bool:
         """True while there is a use in noting more: without ids, the text may still do."""
         return self.trouble is None or self.trouble == "no_ids"
@@ -47,7 +55,7 @@ class Record:
     def usage(self, details: dict[str, Any]) -> dict[str, Any]:
         """The usage of the whole answer, whatever the last replica counted as prompt."""
         prompt = len(self.prompt or ())
-        own = {"prompt_tokens": prompt, "completion_tokens": len(self.ids), "total_tokens": prompt + len(self.ids)}
+        own = {"prompt_tokens": prompt, "completion_tokens": self.count, "total_tokens": prompt + self.count}
         return {**details, **own}
 
     def open(self, event: dict[str, Any], prompt: list[int] | None) -> None:
@@ -60,14 +68,19 @@ class Record:
         """Note one event's ids and the text passed on with them."""
         if ids:
             self.ids.extend(ids)
+            self.count += len(ids)
         elif text and ids is None and self.trouble is None:
             self.trouble = "no_ids"
         if text:
-            self.text += text.encode("utf-8", "surrogatepass")
+            self.events += 1
             self.clean = len(self.ids)
             self.merged = ids is not None and len(ids) > 1
-            self.events += 1
-        if len(self.ids) + len(self.prompt or ()) > self._limit or len(self.text) > 16 * self._limit:
+            if self._exact and ids is not None and not self.merged:  # one id and its text: whole up to here
+                self.base = self.clean
+                self.text.clear()
+            else:
+                self.text += text.encode("utf-8", "surrogatepass")
+        if self.size > self._limit or len(self.text) > 16 * self._limit:
             self.forget("too_long")
 
     def watch_delta(self, delta: dict[str, Any]) -> bool:
@@ -82,10 +95,11 @@ class Record:
 
     def rewind(self) -> None:
         """Go back to the last whole character the client has: what came after is generated again."""
+        self.count -= len(self.ids) - self.clean
         del self.ids[self.clean :]
         self.merged = False
 
     def forget(self, trouble: str) -> None:
         """Give up on continuing this stream, for a reason."""
         self.trouble = trouble
-        self.ids, self.text, self.clean = array("I"), bytearray(), 0
+        self.ids, self.text, self.clean, self.base = array("I"), bytearray(), 0, 0

@@ -85,11 +85,11 @@ async def _settle(record: Record, endpoint: Endpoint) -> str:
     character; only the tokenizer knows, so a replica is asked.
     """
     sent = record.text.decode("utf-8", "surrogatepass")
-    context = list(record.prompt or ())[-CONTEXT_IDS:]
+    context = [*(record.prompt or ()), *record.ids[: record.base]][-CONTEXT_IDS:]
     before = await _text(record, endpoint, context)
     best: tuple[int, str] | None = None
-    for end in range(len(record.ids), max(-1, len(record.ids) - MAX_PENDING - 1), -1):
-        whole = await _text(record, endpoint, [*context, *record.ids[:end]])
+    for end in range(len(record.ids), max(record.base - 1, len(record.ids) - MAX_PENDING - 1), -1):
+        whole = await _text(record, endpoint, [*context, *record.ids[record.base : end]])
         text = whole[len(before) :]
         if not whole.startswith(before) or (best is not None and text != best[1]):
             break  # one id fewer is one character fewer

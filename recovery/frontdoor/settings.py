@@ -53,6 +53,9 @@ class DoorSettings(BaseModel):
     retry_floor_per_s: float = Field(default=50.0, gt=0, description="retries a second that are always allowed")
     retry_burst: int = Field(default=2000, ge=1, description="retries at once; beyond, they are sent late, not refused")
     replay_max_tokens: int = Field(default=200_000, ge=0, description="prompt and answer kept per stream, so that it can be continued")
+    replay_total_tokens: int = Field(
+        default=50_000_000, ge=0, description="the same over all streams (4 bytes each); beyond, the longest can't be continued"
+    )
     poison_min_s: float = Field(
         default=0.05, ge=0, description="a request sent to a replica less than so long before it vanished did not crash it"
     )
