@@ -7,9 +7,10 @@ the message is the fast path and may be lost, the row is the net.
 
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 from recovery.core import incidents
-from recovery.core.change import Commit
+from recovery.core.change import Commit, Incident
 from recovery.core.commanding import Refused
 from recovery.core.decision import Decision
 from recovery.core.instance import Instance
@@ -59,23 +60,36 @@ class Committer:
 
     def _commit(self, row: Instance, decision: Decision, now: float, *, send: bool) -> Decision:
         current = self._store.incident(row.incident) if row.incident else None
-        decision, incident = incidents.follow(row, decision, current, now)
+        task_id = str(uuid4()) if send and decision.after.due is not None and decision.after.due != row.due else None
+        decision, incident = incidents.follow(row, decision, current, now, task_id)
         if decision.after == row and not decision.events and not decision.counts:
             return decision
         commit = Commit(
             after=decision.after, expected_version=row.version, events=decision.events, counts=decision.counts, incident=incident
         )
         decision = decision.evolve(after=self._store.commit(commit))
-        if send and decision.after.due is not None and decision.after.due != row.due:
-            self.deliver(decision.after, now)
+        if task_id is not None:
+            self.deliver(decision.after, now, task_id)
+        if incident is not None:
+            self._tell(incident, current)
         return decision
 
-    def deliver(self, row: Instance, now: float) -> str | None:
+    def _tell(self, incident: Incident, before: Incident | None) -> None:
+        """Have the webhook told when an incident opens and when it closes."""
+        opened = before is None or before.id != incident.id
+        closed = incident.closed_at is not None and (opened or before is None or before.closed_at is None)
+        if opened or closed:
+            self._sender.send("recovery.tell", {"incident": incident.id, "what": "closed" if closed else "opened"}, queue="control")
+
+    def deliver(self, row: Instance, now: float, task_id: str | None = None) -> str | None:
         """Send the message of the row's step: a delayed restart that Flower shows with its reason, or a step."""
         wait_s = max(0.0, row.not_before - now)
+        if row.state is State.RESTARTING:
+            name, kwargs = "recovery.restart_instance", self._explained(row, wait_s)
+        else:
+            name, kwargs = "recovery.step_instance", {"instance": row.id, "token": row.token}
         queue = f"gpu.{row.placement.host}"
-        if row.state is not State.RESTARTING:
-            kwargs: dict[str, Any] = {"instance": row.id, "token": row.token}
-            return self._sender.send("recovery.step_instance", kwargs, queue=queue, countdown_s=wait_s, expires_s=wait_s + MESSAGE_LIFE_S)
-        kwargs = {"instance": row.id, "token": row.token, "attempt": row.attempt, "delay": round(wait_s, 3), "reason": row.reason[:300]}
-        return self._sender.send("recovery.restart_instance", kwargs, queue=queue, countdown_s=wait_s, expires_s=wait_s + MESSAGE_LIFE_S)
+        return self._sender.send(name, kwargs, queue=queue, countdown_s=wait_s, expires_s=wait_s + MESSAGE_LIFE_S, task_id=task_id)
+
+    def _explained(self, row: Instance, wait_s: float) -> dict[str, Any]:
+        return {"instance": row.id, "token": row.token, "attempt": row.attempt, "delay": round(wait_s, 3), "reason": row.reason[:300]}

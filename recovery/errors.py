@@ -63,3 +63,7 @@ class IllegalTransitionError(RecoveryError):
 
 class SchemaError(RecoveryError):
     """State written by a newer version of this project; upgrade this part first."""
+
+
+class WebhookError(RecoveryError):
+    """The webhook did not take what it was told; tell it again later."""

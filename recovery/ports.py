@@ -126,8 +126,17 @@ class Store(Protocol):
 class Sender(Protocol):
     """The task queue. Sending is a hint, the row is the truth: a send that fails is told, never raised."""
 
-    def send(self, task: str, kwargs: dict[str, Any], *, queue: str, countdown_s: float = 0.0, expires_s: float = 60.0) -> str | None:
-        """Publish a task and return its id; None when the broker did not take it."""
+    def send(
+        self,
+        task: str,
+        kwargs: dict[str, Any],
+        *,
+        queue: str,
+        countdown_s: float = 0.0,
+        expires_s: float = 60.0,
+        task_id: str | None = None,
+    ) -> str | None:
+        """Publish a task (under `task_id` when given) and return its id; None when the broker did not take it."""
 
 
 class Host(Protocol):
@@ -208,3 +217,10 @@ class Kernel(Protocol):
 
     def oom_killed(self, pid: int, since: float) -> bool:
         """True when the OOM killer took this process, as far as this host lets us see."""
+
+
+class Webhook(Protocol):
+    """Somebody outside who wants to know of incidents."""
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Deliver a message; raise `WebhookError` when it was not taken."""

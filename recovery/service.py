@@ -11,7 +11,7 @@ from recovery.core.fleet import Fleet
 from recovery.core.instance import Instance, Value
 from recovery.core.states import State
 from recovery.errors import UnknownModelError
-from recovery.ports import Queue, Sender, Store
+from recovery.ports import Queue, Sender, Store, Webhook
 from recovery.roller import Roller
 
 TICK_ONCE_MS = 800
@@ -35,10 +35,11 @@ class Answer(Value):
 class Service:
     """The control side. `store` and `sender` may belong to any process of the fleet."""
 
-    def __init__(self, store: Store, sender: Sender, fleet: Callable[[], Fleet] | None = None) -> None:
+    def __init__(self, store: Store, sender: Sender, fleet: Callable[[], Fleet] | None = None, webhook: Webhook | None = None) -> None:
         self.store = store
         self.sender = sender
         self.committer = Committer(store, sender)
+        self._webhook = webhook
         self.roller = Roller(store, self.committer, fleet)
 
     def rows_of(self, model: str) -> tuple[Instance, ...]:
@@ -94,6 +95,20 @@ class Service:
                     self.committer.deliver(row, now)
                     sent += 1
         return sent
+
+    def incident(self, incident_id: str) -> dict[str, Any] | None:
+        """An incident with the evidence kept beside it; None when it is not (or no longer) known."""
+        found = self.store.incident(incident_id)
+        if found is None:
+            return None
+        kept = self.store.get(f"evidence:{incident_id}") or {}
+        return {**found.model_dump(mode="json"), "evidence": {**found.evidence, **kept}}
+
+    def tell(self, incident_id: str, what: str) -> None:
+        """Tell the webhook, if there is one, that an incident was opened or closed."""
+        found = self.incident(incident_id)
+        if self._webhook is not None and found is not None:
+            self._webhook.tell({"event": f"incident.{what}", "incident": found})
 
     def _pop(self, queue: Queue, host: str) -> tuple[str, ...]:
         return self.store.pop_due(queue, host, PUSH_S, POP_LIMIT)

@@ -13,6 +13,7 @@ from recovery.adapters.kernel_log import KernelLog
 from recovery.adapters.processes import Processes
 from recovery.adapters.redis_store import RedisStore
 from recovery.adapters.redis_url import RedisUrl
+from recovery.adapters.webhook import HttpWebhook
 from recovery.core.fleet import Fleet
 from recovery.errors import ConfigError
 from recovery.host_service import Clocks, HostService
@@ -51,7 +52,10 @@ def build(settings: Settings | None = None) -> Wiring:
 
 def service(wiring: Wiring, sender: Sender) -> Service:
     """The control side."""
-    return Service(wiring.store, sender, FleetFile(wiring.settings) if wiring.settings.fleet is not None else None)
+    settings = wiring.settings
+    fleet = FleetFile(settings) if settings.fleet is not None else None
+    webhook = HttpWebhook(settings.webhook_url.get_secret_value()) if settings.webhook_url is not None else None
+    return Service(wiring.store, sender, fleet, webhook)
 
 
 def host_service(wiring: Wiring, sender: Sender, on_run: Callable[[str], None]) -> HostService:

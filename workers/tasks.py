@@ -13,7 +13,7 @@ from celery import Task
 
 from recovery import host_logs, wiring
 from recovery.core.commanding import Command, Verb
-from recovery.errors import RecoveryError, StoreUnavailableError, UnknownModelError
+from recovery.errors import RecoveryError, StoreUnavailableError, UnknownModelError, WebhookError
 from recovery.service import Answer, Service
 from workers import watcher
 from workers.app import app
@@ -104,6 +104,15 @@ def tick() -> None:
         control().tick()
     except StoreUnavailableError as error:
         log.warning("tick: %s", error)
+
+
+@app.task(name="recovery.tell", bind=True, ignore_result=True, max_retries=8)
+def tell(self: Task, incident: str, what: str) -> None:
+    """Tell the webhook about an incident; one that does not answer is asked again, for about ten minutes."""
+    try:
+        control().tell(incident, what)
+    except WebhookError as error:
+        raise self.retry(exc=error, countdown=min(300, 2**self.request.retries), expires=None) from None
 
 
 # --- on a GPU host -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ MAX_STEPS = 50
 """Steps kept per incident: a server that fails for hours must not grow its record without bound; the first 10 stay."""
 
 
-def follow(before: Instance, decision: Decision, current: Incident | None, now: float) -> tuple[Decision, Incident | None]:
+def follow(
+    before: Instance, decision: Decision, current: Incident | None, now: float, task_id: str | None = None
+) -> tuple[Decision, Incident | None]:
     """
     The decision with its incident in the row, and the incident to be written with it (None = nothing to write).
 
@@ -34,7 +36,7 @@ def follow(before: Instance, decision: Decision, current: Incident | None, now: 
         return decision, None
     counts: tuple[Count, ...] = ()
     if decision.step is not None:
-        incident = _stepped(incident, now, decision.step, after.reason, decision.reason, after)
+        incident = _stepped(incident, now, decision.step, after.reason, decision.reason, after, task_id)
     if before.state is not after.state:
         incident, counts = _moved(incident, before, after, now)
     if before.validate_until is not None and after.validate_until is None and after.state is State.HEALTHY:
@@ -77,8 +79,10 @@ def _moved(incident: Incident, before: Instance, after: Instance, now: float) ->
             return incident, ()
 
 
-def _stepped(incident: Incident, now: float, kind: str, what: str, why: str, row: Instance) -> Incident:
+def _stepped(incident: Incident, now: float, kind: str, what: str, why: str, row: Instance, task_id: str | None = None) -> Incident:
     step: dict[str, Any] = {"at": now, "kind": kind, "what": what, "why": why, "token": row.token, "attempt": row.attempt}
+    if task_id is not None:
+        step["task"] = task_id
     steps = (*incident.steps, step)
     return incident.evolve(steps=steps if len(steps) <= MAX_STEPS else (*steps[:10], *steps[-(MAX_STEPS - 10) :]))
 
