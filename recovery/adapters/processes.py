@@ -59,7 +59,6 @@ class Processes:
         table = self._table.scan()
         keeper_alive = run is not None and self._lives(table, run, run.keeper_pid, run.keeper_start)
         server_alive = run is not None and self._lives(table, run, run.server_pid, run.server_start)
-        live = run.token if run is not None and (keeper_alive or server_alive) else None
         return HostView(
             record=record,
             run=run,
@@ -68,7 +67,7 @@ class Processes:
             keeper_alive=keeper_alive,
             server_alive=server_alive,
             locked=self.disk.run_locked(instance),
-            strays=tuple(_stray(proc) for proc in self._members(instance, table, run, but=live)),
+            strays=tuple(_stray(proc) for proc in self._strays(instance, table, run)),
             boot_id=self._boot_id,
         )
 
@@ -121,6 +120,10 @@ class Processes:
         run = self._run(instance)
         return None if run is None or run.boot_id != self._boot_id else _open_pidfd(run.keeper_pid, run.keeper_start)
 
+    def members(self, instance: str, token: int) -> tuple[Stray, ...]:
+        """The living processes of that run, without its keeper."""
+        return tuple(_stray(proc) for proc in self._members(instance, self._table.scan(), self._run(instance), only=token))
+
     # --- ending ---
 
     def terminate(self, instance: str, token: int) -> bool:
@@ -135,13 +138,9 @@ class Processes:
         """SIGKILL to all that belongs to that run except its keeper; what was signalled. Look again to see it gone."""
         return self._kill(self._members(instance, self._table.scan(), self._run(instance), only=token))
 
-    def strays(self, instance: str, except_token: int | None = None) -> tuple[Stray, ...]:
-        """The living processes of an instance's runs, whichever they are, but for keepers and the run excepted."""
-        return tuple(_stray(proc) for proc in self._members(instance, self._table.scan(), self._run(instance), but=except_token))
-
-    def end_strays(self, instance: str, except_token: int | None = None) -> tuple[Stray, ...]:
-        """SIGKILL to all of `strays`; what was signalled. Look again to see it gone."""
-        return self._kill(self._members(instance, self._table.scan(), self._run(instance), but=except_token))
+    def end_strays(self, instance: str) -> tuple[Stray, ...]:
+        """SIGKILL to what is left of runs that are over (`HostView.strays`); what was signalled. A live run is not touched."""
+        return self._kill(self._strays(instance, self._table.scan(), self._run(instance)))
 
     def end_keeper(self, instance: str, token: int) -> bool:
         """SIGKILL to a keeper that does not act (stopped, say) though its server is dead; False if it does not live."""
@@ -251,6 +250,15 @@ class Processes:
         spec_path = os.fsencode(self.disk.folder(instance) / "spec.json")
         chosen = [pid for pid, token in tokens.items() if token != but and only in (None, token)]
         return [table[pid] for pid in chosen if table[pid].alive and not _is_keeper(pid, spec_path)]
+
+    def _strays(self, instance: str, table: dict[int, Proc], run: RunRecord | None) -> list[Proc]:
+        """All that lives of an instance outside its live run, which is one with a keeper or a server."""
+        live = None
+        if run is not None and (
+            self._lives(table, run, run.keeper_pid, run.keeper_start) or self._lives(table, run, run.server_pid, run.server_start)
+        ):
+            live = run.token
+        return self._members(instance, table, run, but=live)
 
     def _descent(self, table: dict[int, Proc], run: RunRecord) -> set[int]:
         """What belongs to a run by its keeper's descent or its session, marker or not."""

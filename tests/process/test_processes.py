@@ -54,8 +54,10 @@ class Host(Processes):
             wait_until(lambda i=instance: self._ended(i))
 
     def _ended(self, instance: str) -> bool:
-        self.end_strays(instance)
         view = self.look(instance)
+        self.end_strays(instance)
+        if view.run is not None:
+            self.kill(instance, view.run.token)
         return not (view.strays or view.locked or view.keeper_alive or view.server_alive)
 
 
@@ -78,8 +80,8 @@ def test_a_killed_server_leaves_nothing_behind(host: Host) -> None:
     )
     run = host.up(["sh", "-c", family])
     host.says("up")
-    wait_until(lambda: {proc.name for proc in host.strays(A)}, {"sleep"})
-    pids = {proc.pid for proc in host.strays(A)}
+    wait_until(lambda: {proc.name for proc in host.members(A, 1)}, {"sleep"})
+    pids = {proc.pid for proc in host.members(A, 1)}
     assert len(pids) == 5 and run.server_pid in pids
 
     os.kill(run.server_pid, signal.SIGKILL)
@@ -139,7 +141,7 @@ def test_a_server_whose_main_thread_has_ended_still_lives(host: Host) -> None:
     wait_until(lambda: keeper.look_up(run.server_pid).state, "Z")
     view = host.look(A)
     assert view.server_alive and view.exit is None
-    assert [proc.pid for proc in host.strays(A)] == [run.server_pid]
+    assert [proc.pid for proc in host.members(A, 1)] == [run.server_pid]
     host.kill(A, 1)
     assert (record := host.over().exit) is not None and record.signal == signal.SIGKILL
 
@@ -170,7 +172,7 @@ def test_a_server_outlives_its_keeper_and_is_adopted(host: Host) -> None:
         host.adopt(A)
     with pytest.raises(LeaseHeldError):
         host.up(SLEEP, token=2)
-    pids = {proc.pid for proc in host.strays(A)}
+    pids = {proc.pid for proc in host.members(A, 1)}
     assert len(pids) == 2
 
     os.kill(run.server_pid, signal.SIGKILL)
@@ -184,7 +186,7 @@ def test_keeper_and_server_killed_is_an_end_nobody_saw(host: Host) -> None:
     """What is left is found by its session (marker lost) and by its marker (session left)."""
     run = host.up(["sh", "-c", "(env -i sleep 1001 &); (setsid sleep 1002 &); echo up; exec sleep 1000"])
     host.says("up")
-    wait_until(lambda: sorted(proc.name for proc in host.strays(A)), ["sleep"] * 3)
+    wait_until(lambda: sorted(proc.name for proc in host.members(A, 1)), ["sleep"] * 3)
     os.kill(run.keeper_pid, signal.SIGKILL)
     os.kill(run.server_pid, signal.SIGKILL)
     wait_until(lambda: host.look(A).server_alive or host.look(A).keeper_alive, False)
@@ -207,7 +209,7 @@ def test_strays_of_an_older_run_are_told_from_the_live_one(host: Host) -> None:
     try:
         run = host.up(SLEEP, token=2)
         wait_until(lambda: [proc.pid for proc in host.look(A).strays], [old.pid])
-        assert [proc.pid for proc in host.end_strays(A, except_token=2)] == [old.pid]
+        assert [proc.pid for proc in host.end_strays(A)] == [old.pid]
         assert old.wait() == -signal.SIGKILL
         assert alive(run.server_pid) and host.look(A).strays == ()
     finally:
@@ -297,7 +299,9 @@ def test_other_instances_and_other_homes_are_left_alone(host: Host, tmp_path: Pa
     other = Host(tmp_path / "other")
     try:
         mine, beside, elsewhere = host.up(SLEEP), host.up(SLEEP, instance="model-1"), other.up(SLEEP)
-        host.end_strays(A)
+        assert host.end_strays(A) == ()
+        assert alive(mine.server_pid)
+        host.kill(A, 1)
         host.over()
         assert not alive(mine.server_pid) and alive(beside.server_pid) and alive(elsewhere.server_pid)
     finally:
