@@ -91,6 +91,11 @@ def test_our_own_strays_go_first_and_cost_nothing_of_the_ladder():
     assert second.overrides[0].flag == "--max-model-len"
 
 
+def test_strays_that_will_not_go_do_not_hold_up_the_ladder():
+    assert next_step(situation(Cause.CUDA_OOM_LOAD, strays=2, failures=2)).kind is StepKind.FREE_GPU
+    assert next_step(situation(Cause.CUDA_OOM_LOAD, strays=2, failures=3)).kind is StepKind.OVERRIDE
+
+
 def test_the_first_oom_while_serving_is_answered_by_a_restart_alone():
     first, second, *_ = plan(situation(Cause.CUDA_OOM_SERVING))
 
@@ -118,6 +123,13 @@ def test_memory_taken_by_a_stranger_is_waited_for_then_fled_then_lived_with():
         ("override", ("--gpu-memory-utilization", "0.28")),
         ("give_up", (3,)),
     ]
+
+
+def test_steps_that_leave_no_mark_are_counted_by_failures():
+    def after(failures: int) -> StepKind:
+        return next_step(situation(Cause.GPU_MEMORY_TAKEN, gpus=(0,), spare_gpus=(3,), failures=failures)).kind
+
+    assert [after(n) for n in (1, 2, 3, 4)] == [StepKind.RESTART, StepKind.RESTART, StepKind.OTHER_GPU, StepKind.GIVE_UP]
 
 
 # --- port
@@ -185,6 +197,12 @@ def test_a_model_of_several_gpus_moves_only_where_there_are_as_many():
 
     assert next_step(few).kind is StepKind.RESTART
     assert next_step(enough).gpus == (2, 3)
+
+
+def test_a_card_it_already_failed_on_is_not_tried_again():
+    now = situation(Cause.NCCL, gpus=(0,), spare_gpus=(1, 2), failures_by_gpu={0: 3, 1: 3})
+
+    assert next_step(now).gpus == (2,)
 
 
 def test_a_lost_gpu_is_left_at_once_and_never_restarted_on():
