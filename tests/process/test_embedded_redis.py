@@ -81,6 +81,7 @@ def test_the_server_of_path_is_started_durable_and_private(home: Home) -> None:
     server = home.start()
     assert server.binary == shutil.which("redis-server")
     assert server.alive and not server.adopted
+    assert os.getsid(server.pid) == server.pid, "Ctrl-C in the terminal reaches it too"
     settings = settings_of(server)
     assert {name: settings[name] for name in ("appendonly", "appendfsync", "maxmemory-policy", "port", "save")} == {
         "appendonly": "yes",
@@ -207,7 +208,7 @@ def test_one_that_is_frozen_is_named_and_no_second_one_started(home: Home) -> No
         home.start(within_s=1.0)
     assert home.servers() == [first.pid]
     stop(first)
-    assert not first.alive
+    assert first.child is not None and first.child.returncode == 0, "woken to save and end in good order, not killed"
 
 
 def test_a_server_that_cannot_start_is_named_with_the_end_of_its_log(home: Home) -> None:
