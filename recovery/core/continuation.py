@@ -34,6 +34,7 @@ REASONS: Mapping[str, str] = {
     "held_back": "the replica that would go on cannot tell the text held back for a stop string or a split character",
     "no_length": "neither the request nor the replica says how many tokens may follow",
     "model": "the answer has begun, and only a fallback model is left",
+    "attempts": "every replica failed",
     "refused": "the replica that would go on refused the request",
 }
 """Why a stream that broke after its first event is ended with an error event instead of continued."""

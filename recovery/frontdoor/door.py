@@ -14,6 +14,7 @@ import orjson
 
 from recovery.core.continuation import Kind
 from recovery.core.routing import RetryBudget
+from recovery.frontdoor import endings, setbacks, waiting
 from recovery.frontdoor.accesslog import AccessLog
 from recovery.frontdoor.client import Client, Refusal, Request
 from recovery.frontdoor.exchange import Exchange
@@ -239,7 +240,7 @@ class Door:
     def _froze(self, endpoint: Endpoint) -> None:
         for connection in list(endpoint.live):
             if connection.exchange is not None:
-                connection.exchange.freeze(endpoint)
+                setbacks.freeze(connection.exchange, endpoint)
 
     def drained(self, endpoint: Endpoint) -> None:
         """The last request has left a replica that is out of routing: whoever waits to stop it should know at once."""
@@ -279,12 +280,12 @@ class Door:
             if exchange.connection is None:
                 if comments_s and exchange.stream and exchange.endpoint is None and clock - exchange.last_at >= comments_s:
                     exchange.last_at = clock
-                    exchange.comment()
+                    waiting.comment(exchange)
             elif exchange.stream and not exchange.client.paused:
                 settings = exchange.pool.settings
                 limit_s = settings.inter_token_timeout_s if exchange.started else settings.first_event_timeout_s
                 if clock - exchange.last_at > limit_s:
-                    exchange.stall(now)
+                    setbacks.stall(exchange, now)
 
     def _sweep_second(self, now: float) -> None:
         for client in list(self.clients):
@@ -323,7 +324,7 @@ class Door:
             await asyncio.sleep(0.05)
         finished = not self.live
         for exchange in list(self.live):
-            exchange.end_for_shutdown()
+            endings.end_for_shutdown(exchange)
         for client in list(self.clients):
             client.transport.close()
         for endpoint in self.fleet.endpoints():

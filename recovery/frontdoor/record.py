@@ -11,15 +11,16 @@ _FREE = {"role", "content", "refusal", "audio", "annotations"}
 
 class Record:
     """
-    The ids of one stream, as much of its text as is needed beside them, and whether it may be continued (`trouble` is None, else a key of `REASONS`).
+    The ids of one stream, as much of its text as is needed beside them, and whether it may be continued.
 
+    `trouble` is None while it may, else a key of `REASONS`.
     `clean` is how many ids end at a whole character that the client has: ids after it belong to a character that is
     still pending, and are generated again.
     """
 
     __slots__ = (
-        "_exact", "_limit", "base", "body", "clean", "count", "created", "events", "id", "ids", "kind", "merged", "model", "prompt", "scanner",
-        "text", "trouble", "unsent", "wants_ids",
+        "_exact", "_limit", "base", "body", "clean", "count", "created", "events", "id", "ids", "kind", "merged", "model",
+        "prompt", "scanner", "text", "trouble", "unsent", "wants_ids",
     )  # fmt: skip
 
     def __init__(self, kind: Kind, body: Body, limit: int, reasoning: bool) -> None:

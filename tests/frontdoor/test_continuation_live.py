@@ -1,7 +1,7 @@
 """What a continued stream looks like to its client: exactly like one that was never cut, or an error event that says why."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -31,26 +31,57 @@ def chat_ids(text: str, tokens: int) -> list[int]:
     return generate(encode(render_chat(messages(text))), tokens)
 
 
-def uncut(door: Door, sims: list[Sim], path: str, **body: Any) -> Outcome:
-    """The same request with no fault set."""
-    for sim in sims:
-        sim.fault(cut_after_tokens=0, error_after_tokens=0, stall_after_tokens=0, fault_streams=0)
-    return ask(door, path, **body)
+NO_FAULT = {"cut_after_tokens": 0, "error_after_tokens": 0, "stall_after_tokens": 0, "fault_streams": 0}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Door, list[Sim]]]:
+    """Two replicas behind one door, for all tests that need nothing special."""
+    world = World(tmp_path_factory.mktemp("continuation"))
+    try:
+        sims = world.sims(2, "--tokens-per-s", "500")
+        yield world.door(sims), sims
+    finally:
+        world.close()
+
+
+class Pair:
+    """The shared two, both of which reset their next stream after so many tokens; and what the door counted since."""
+
+    def __init__(self, door: Door, sims: list[Sim], cut_at: int = CUT) -> None:
+        self.door, self.sims = door, sims
+        self.cut_next(cut_at)
+        self._before = self._counted()
+
+    def cut_next(self, after: int) -> None:
+        self.sims[0].fault(**NO_FAULT)
+        self.sims[1].fault(**NO_FAULT)
+        for sim in self.sims:
+            sim.fault(cut_after_tokens=after, fault_streams=1)
+
+    def _counted(self) -> float:
+        return self.door.metric("recovery_frontdoor_continued_total", by="ids")
+
+    @property
+    def continued(self) -> float:
+        return self._counted() - self._before
+
+    def whole(self, path: str, **body: Any) -> Outcome:
+        """The same request with no fault set."""
+        for sim in self.sims:
+            sim.fault(**NO_FAULT)
+        return ask(self.door, path, **body)
 
 
 @pytest.fixture
-def pair(world: World) -> tuple[Door, list[Sim]]:
-    """Two replicas, the first of which resets its first stream after `CUT` tokens."""
-    sims = world.sims(2, "--tokens-per-s", "300")
-    sims[0].fault(cut_after_tokens=CUT, fault_streams=1)
-    return world.door(sims), sims
+def pair(shared: tuple[Door, list[Sim]]) -> Pair:
+    return Pair(*shared)
 
 
-def test_a_chat_goes_on_under_its_own_name(pair: tuple[Door, list[Sim]]) -> None:
-    door, sims = pair
-    cut = ask(door, CHAT, messages=messages("Hello"), max_tokens=60, stream_options={"include_usage": True})
-    plain = uncut(door, sims, CHAT, messages=messages("Hello"), max_tokens=60, stream_options={"include_usage": True})
-    assert door.metric("recovery_frontdoor_continued_total", by="ids") == 1
+def test_a_chat_goes_on_under_its_own_name(pair: Pair) -> None:
+    cut = ask(pair.door, CHAT, messages=messages("Hello"), max_tokens=60, stream_options={"include_usage": True})
+    plain = pair.whole(CHAT, messages=messages("Hello"), max_tokens=60, stream_options={"include_usage": True})
+    assert pair.continued == 2
     assert cut.text == plain.text == decode(chat_ids("Hello", 60))
     assert (cut.finish, cut.done, cut.usage) == (plain.finish, plain.done, plain.usage)
     for name in ("id", "created", "model", "object"):
@@ -62,22 +93,20 @@ def test_a_chat_goes_on_under_its_own_name(pair: tuple[Door, list[Sim]]) -> None
     assert not keys & {"token_ids", "prompt_token_ids", "text"}
 
 
-def test_a_completion_goes_on_with_its_usage_in_every_event(pair: tuple[Door, list[Sim]]) -> None:
-    door, sims = pair
+def test_a_completion_goes_on_with_its_usage_in_every_event(pair: Pair) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
-    cut = ask(door, TEXT, prompt="Once upon", max_tokens=60, stream_options=options)
-    plain = uncut(door, sims, TEXT, prompt="Once upon", max_tokens=60, stream_options=options)
-    assert door.metric("recovery_frontdoor_continued_total", by="ids") == 1
+    cut = ask(pair.door, TEXT, prompt="Once upon", max_tokens=60, stream_options=options)
+    plain = pair.whole(TEXT, prompt="Once upon", max_tokens=60, stream_options=options)
+    assert pair.continued == 2
     assert cut.text == plain.text == expected_text("Once upon", 60)
     assert cut.usage == plain.usage
     last = [event["usage"]["completion_tokens"] for event in cut.events]
     assert last == sorted(last) and {event["usage"]["prompt_tokens"] for event in cut.events} == {len("Once upon")}
 
 
-def test_a_completion_without_max_tokens_ends_at_sixteen_though_it_was_cut(pair: tuple[Door, list[Sim]]) -> None:
-    door, _ = pair
-    assert ask(door, TEXT, prompt="Short").text == expected_text("Short", 16)
-    assert door.metric("recovery_frontdoor_continued_total", by="ids") == 1
+def test_a_completion_without_max_tokens_ends_at_sixteen_though_it_was_cut(pair: Pair) -> None:
+    assert ask(pair.door, TEXT, prompt="Short").text == expected_text("Short", 16)
+    assert pair.continued == 1
 
 
 def test_a_chat_without_max_tokens_fills_the_context_though_it_was_cut(world: World) -> None:
@@ -90,10 +119,9 @@ def test_a_chat_without_max_tokens_fills_the_context_though_it_was_cut(world: Wo
     assert (cut.text, cut.finish) == (decode(generate(prompt, 200 - len(prompt))), "length")
 
 
-def test_ids_the_client_asked_for_come_once_each(pair: tuple[Door, list[Sim]]) -> None:
-    door, _ = pair
-    cut = ask(door, CHAT, messages=messages("Hello"), max_tokens=60, return_token_ids=True)
-    assert door.metric("recovery_frontdoor_continued_total", by="ids") == 1
+def test_ids_the_client_asked_for_come_once_each(pair: Pair) -> None:
+    cut = ask(pair.door, CHAT, messages=messages("Hello"), max_tokens=60, return_token_ids=True)
+    assert pair.continued == 2
     ids = [i for e in cut.events for c in e["choices"] for i in c.get("token_ids") or ()]
     assert ids == chat_ids("Hello", 60)
     prompts = [e["prompt_token_ids"] for e in cut.events if e.get("prompt_token_ids")]
@@ -101,18 +129,15 @@ def test_ids_the_client_asked_for_come_once_each(pair: tuple[Door, list[Sim]]) -
 
 
 @pytest.mark.parametrize("cut_at", range(1, 13))
-def test_characters_split_over_tokens_survive_a_cut_anywhere(world: World, cut_at: int) -> None:
+def test_characters_split_over_tokens_survive_a_cut_anywhere(pair: Pair, cut_at: int) -> None:
     """
     One token in eight begins a character of several tokens, so some of these cuts fall inside one.
     """
-    sims = world.sims(2, "--tokens-per-s", "500")
-    sims[0].fault(cut_after_tokens=cut_at, fault_streams=1)
-    door = world.door(sims)
     for prompt in ("Zebra", "Apple"):
-        sims[0].fault(cut_after_tokens=cut_at, fault_streams=1)
-        sims[1].fault(cut_after_tokens=cut_at, fault_streams=1)
-        cut = ask(door, TEXT, prompt=prompt, max_tokens=30)
+        pair.cut_next(cut_at)
+        cut = ask(pair.door, TEXT, prompt=prompt, max_tokens=30)
         assert (cut.text, cut.error) == (expected_text(prompt, 30), "")
+    assert pair.continued >= 2
 
 
 def test_several_tokens_per_event_that_end_inside_a_character(world: World) -> None:
@@ -127,21 +152,18 @@ def test_several_tokens_per_event_that_end_inside_a_character(world: World) -> N
     assert door.metric("recovery_frontdoor_continued_total", by="ids") >= 12
 
 
-def test_stop_strings_are_found_before_across_and_after_the_cut(world: World) -> None:
+def test_stop_strings_are_found_before_across_and_after_the_cut(pair: Pair) -> None:
     """
     vLLM holds back what may begin a stop string, so at the cut the client lacks text the ids already hold.
     """
-    sims = world.sims(2, "--tokens-per-s", "2000")
-    door = world.door(sims)
     text = expected_text("Stop me", 60)
-    for start in range(8, len(text) - 8, 3):
+    for start in range(8, len(text) - 8, 8):
         stop = text[start : start + 7]
         at = text.find(stop)
         for keep in (False, True):
-            for sim in sims:
-                sim.fault(cut_after_tokens=CUT, fault_streams=1)
+            pair.cut_next(CUT)
             cut = ask(
-                door,
+                pair.door,
                 TEXT,
                 prompt="Stop me",
                 max_tokens=60,
@@ -152,7 +174,7 @@ def test_stop_strings_are_found_before_across_and_after_the_cut(world: World) ->
             assert (cut.text, cut.finish, cut.error) == (text[: at + (7 if keep else 0)], "stop", ""), (start, keep)
             assert [c["stop_reason"] for e in cut.events for c in e["choices"] if c["finish_reason"]] == [stop]
             assert cut.usage["total_tokens"] == cut.usage["completion_tokens"] + len("Stop me")
-    assert door.metric("recovery_frontdoor_continued_total", by="ids") > 20
+    assert pair.continued > 8
 
 
 @pytest.mark.parametrize("fault", ["error_after_tokens", "stall_after_tokens"])
@@ -204,15 +226,14 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "
         ("unknown", {"some_new_parameter": 3}),
     ],
 )
-def test_what_cannot_be_continued_ends_with_an_error_that_says_why(
-    pair: tuple[Door, list[Sim]], reason: str, extra: dict[str, Any]
-) -> None:
-    door, sims = pair
-    sims[0].fault(cut_after_tokens=4, fault_streams=1)
+def test_what_cannot_be_continued_ends_with_an_error_that_says_why(pair: Pair, reason: str, extra: dict[str, Any]) -> None:
+    door = pair.door
+    pair.cut_next(4)
+    before = door.metric("recovery_frontdoor_cut_total", reason=reason)
     cut = ask(door, CHAT, **{"messages": messages("Hello"), "max_tokens": 60, **extra})
     assert REASONS[reason] in cut.error and cut.done and cut.finish is None
-    assert door.metric("recovery_frontdoor_cut_total", reason=reason) == 1
-    assert door.metric("recovery_frontdoor_continued_total") == 0
+    assert door.metric("recovery_frontdoor_cut_total", reason=reason) == before + 1
+    assert pair.continued == 0
 
 
 def test_what_cannot_be_continued_is_still_retried_before_its_first_event(world: World) -> None:
