@@ -188,7 +188,7 @@ def record(case: Case, folder: Path) -> None:
     with taken:
         run = VllmServer(folder / f"{case.name}.raw", PORT, case.flags, case.env, case.model)
         try:
-            if not case.ready or run.wait_for():
+            if not case.ready or run.wait_ready():
                 case.act(run)
             code = run.wait_exit(case.exit_within_s)
         finally:

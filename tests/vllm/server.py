@@ -79,6 +79,15 @@ class VllmServer:
             time.sleep(0.1)
         return True
 
+    def wait_ready(self, within_s: float = 300) -> bool:
+        """Whether it came to answer; its last word before that comes a moment too early."""
+        end = time.monotonic() + within_s
+        while time.monotonic() < end and self.process.poll() is None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=10) as answer:
+                return bool(answer.status == 200)
+            time.sleep(0.1)
+        return False
+
     def wait_exit(self, within_s: float) -> int | None:
         """The exit status, negative for a signal; None when it lives on."""
         with contextlib.suppress(subprocess.TimeoutExpired):

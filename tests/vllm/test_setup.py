@@ -22,7 +22,7 @@ def test_a_second_build_has_nothing_to_do():
 
 def test_a_fault_of_the_file_fires_once_and_the_log_tells_the_cause(bare_vllm):
     server = bare_vllm()
-    assert server.wait_for(), server.text()[-2000:]
+    assert server.wait_ready(), server.text()[-2000:]
     assert '"text"' in server.ask()
     server.fault.write_text("once oom")
 
@@ -41,7 +41,7 @@ def test_a_card_too_small_for_one_setting_is_large_enough_for_another(bare_vllm)
     assert fails.wait_exit(300) == 1
     assert diagnose_text(fails.text().splitlines(), exit_code=1).cause is Cause.CUDA_OOM_LOAD
     fits = bare_vllm("--max-model-len", "1024", env=too_small)
-    assert fits.wait_for(), fits.text()[-2000:]
+    assert fits.wait_ready(), fits.text()[-2000:]
 
 
 def test_the_example_for_a_machine_without_a_gpu_serves_and_its_pid_is_the_servers(bare_vllm, free_port):
@@ -50,7 +50,7 @@ def test_the_example_for_a_machine_without_a_gpu_serves_and_its_pid_is_the_serve
 
     server = bare_vllm(command=[str(EXAMPLES.parent / spec.command), *args])
 
-    assert server.wait_for(), server.text()[-2000:]
+    assert server.wait_ready(), server.text()[-2000:]
     assert '"text"' in server.ask()
     assert f"Started server process [{server.process.pid}]" in server.text()
     server.send(signal.SIGTERM)
