@@ -40,7 +40,7 @@ def redis_url(settings: Settings) -> RedisUrl:
     """Where Redis is: REDIS_URL, else the embedded one of this RECOVERY_HOME."""
     if settings.redis_url is not None:
         return RedisUrl.parse(settings.redis_url.get_secret_value())
-    return RedisUrl.parse(f"unix://{settings.run_dir / SOCKET_NAME}")
+    return RedisUrl.unix(settings.run_dir / SOCKET_NAME)
 
 
 def build(settings: Settings | None = None) -> Wiring:
