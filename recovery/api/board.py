@@ -105,13 +105,23 @@ class Board:
 
     @property
     def hosts(self) -> Mapping[str, dict[str, Any]]:
-        """Every host heard of within a day, with `age_s` and `alive`."""
+        """Every host heard of within a day: its heartbeat, with `at` (Redis' clock) and `alive`."""
         return self._hosts
 
     @property
     def alive(self) -> frozenset[str]:
         """The hosts that have a fresh heartbeat."""
         return frozenset(host for host, beat in self._hosts.items() if beat.get("alive", True))
+
+    def age_s(self, host: str) -> float | None:
+        """Seconds since a host was last heard from; None when it never was."""
+        beat = self._hosts.get(host)
+        return None if beat is None else max(0.0, self.now - float(beat["at"]))
+
+    @property
+    def known(self) -> Mapping[str, tuple[Instance, ...]]:
+        """The rows of every model, models by id."""
+        return self._models
 
     def rows_of(self, model: str) -> tuple[Instance, ...]:
         """Return a model's rows by replica; raise `UnknownModelError`, `StoreUnavailableError`."""
@@ -196,6 +206,7 @@ class Board:
         else:
             replace = known is not None
         hosts, now = self._store.known_hosts(), self._store.now()
+        hosts = {name: {**beat, "at": now - float(beat["age_s"])} for name, beat in hosts.items()}
         self._call(self._learn, known or {}, gone, replace, hosts, now - self._loop.time())
         return position
 

@@ -9,7 +9,7 @@ A host without a fresh heartbeat is a reading on top of the state: its instances
 but nobody can vouch for them, so they count as not ready and the message names the host.
 """
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -314,9 +314,3 @@ def check_view(model: ModelView) -> CheckView:
         ready=model.ready,
         replicas=model.replicas,
     )
-
-
-def heartbeat_age(hosts: Mapping[str, Mapping[str, Any]], host: str) -> float | None:
-    """Return the seconds since a host was last heard from; None when it never was."""
-    age = hosts.get(host, {}).get("age_s")
-    return float(age) if isinstance(age, int | float) else None
