@@ -116,7 +116,7 @@ class HostService:
                 return self._port_taken(row, fleet, planned, spec, f"port {made.port} is held by {holder.name} (pid {holder.pid})")
             case "wait":
                 if verdict.end_strays:
-                    self.host.end_strays(row.id)
+                    self._end_all(row.id, view)
                 return self._wait(row, verdict.why, stepping.LOOK_AGAIN_S)
             case "spawn":
                 why = self._why_wait(row, fleet)
@@ -267,13 +267,18 @@ class HostService:
             match action:
                 case Action.TERMINATE if run is not None:
                     self.host.terminate(row.id, run)
-                case Action.KILL if run is not None:
-                    self.host.kill(row.id, run)
-                    self.host.end_strays(row.id) if not view.server_alive else None
-                case Action.END_STRAYS:
-                    self.host.end_strays(row.id)
+                case Action.KILL:
+                    self._end_all(row.id, view)
                 case _:
                     self._remember(row)
+
+    def _end_all(self, instance_id: str, view: HostView) -> None:
+        """SIGKILL to everything of the instance, the live run included; also to a keeper that does not act though its server is dead."""
+        if view.run is not None:
+            self.host.kill(instance_id, view.run.token)
+            if view.keeper_alive and not view.server_alive and not view.strays:
+                self.host.end_keeper(instance_id, view.run.token)
+        self.host.end_strays(instance_id)
 
     def in_flight(self, row: Instance) -> int | None:
         """Requests that front doors have in flight at this instance; None when none of them reports."""
@@ -440,8 +445,7 @@ class HostService:
             with self.host.step_lock(row.id):
                 view = self.host.look(row.id)
                 if view.run is not None and view.run.token < row.token and (view.server_alive or view.strays):
-                    self.host.kill(row.id, view.run.token)
-                    self.host.end_strays(row.id)
+                    self._end_all(row.id, view)
         except LeaseHeldError:
             return
 

@@ -180,6 +180,9 @@ class Host(Protocol):
     def kill(self, instance: str, token: int) -> Any:
         """Send SIGKILL to everything of the run."""
 
+    def end_keeper(self, instance: str, token: int) -> bool:
+        """Send SIGKILL to a keeper that does not act though its server is dead."""
+
     def end_strays(self, instance: str) -> Any:
         """Send SIGKILL to what is left of runs that are over."""
 

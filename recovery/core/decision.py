@@ -17,7 +17,6 @@ class Action(StrEnum):
 
     TERMINATE = "terminate"  # SIGTERM to the run's main process
     KILL = "kill"  # SIGKILL to everything of the run
-    END_STRAYS = "end_strays"  # SIGKILL to what is left of older runs
     FORGIVE = "forgive"  # write the cleared budget to the host's own record
 
 
