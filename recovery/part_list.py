@@ -7,11 +7,11 @@ import os
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recovery import parts
 from recovery.adapters import embedded_redis
 from recovery.errors import ConfigError, StoreUnavailableError
 from recovery.parts import Part
@@ -47,8 +47,8 @@ def all_parts(settings: Settings, store: Store) -> tuple[Listed, ...]:
 
 def host(settings: Settings, store: Store) -> Listed:
     """The worker of this GPU host."""
-    queue, node = f"gpu.{settings.host}", f"gpu@{settings.host}"
-    return Listed(Part("host", _worker(queue, node, threads=8), single=True), lambda: _beats(store, settings.host))
+    queue, node, began = f"gpu.{settings.host}", f"gpu@{settings.host}", time.time()
+    return Listed(Part("host", _worker(queue, node, threads=8), single=True), lambda: _beats(store, settings.host, began))
 
 
 def control(settings: Settings, store: Store) -> Listed:
@@ -140,7 +140,7 @@ class RedisChild:
     def wait(self) -> int | None:
         """Block until it has ended; it may not be our child, so nobody knows how."""
         while self.server.alive:
-            parts.pause(0.1)
+            time.sleep(0.1)
         return None
 
     def stop(self, within_s: float | None = None) -> None:
@@ -177,9 +177,10 @@ def _main_of(module: str) -> str:
     return f"{module}.__main__" if spec is not None and spec.submodule_search_locations is not None else module
 
 
-def _beats(store: Store, name: str) -> bool:
+def _beats(store: Store, name: str, since: float) -> bool:
+    """Whether a heartbeat has come since then by this machine's clock: an older worker's is still there for a while."""
     try:
-        return name in store.hosts()
+        return float(store.hosts().get(name, {}).get("wall", 0.0)) >= since
     except StoreUnavailableError:
         return False
 

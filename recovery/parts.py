@@ -371,8 +371,3 @@ def rotate(folder: Path, max_bytes: int = LOG_BYTES, kept: int = LOGS_KEPT) -> N
                 shutil.copyfile(log, log.with_name(f"{log.name}.1"))
             finally:
                 os.truncate(log, 0)
-
-
-def pause(seconds: float) -> None:
-    """Wait; the one place where a part's watcher sleeps."""
-    time.sleep(seconds)

@@ -38,6 +38,8 @@ REST = frozenset({State.STOPPED, State.COMPLETED, State.FAILED})
 RESUME = "resume.json"
 """The instances that taking the installation down has stopped: the next start starts them again."""
 ROTATE_S = 5.0
+KEEPER_S = 10.0
+"""A keeper whose server is dead and that has not ended by then is frozen."""
 DIRECT_GRACE_S = 15.0
 """From SIGTERM to SIGKILL for models that are ended without the loop."""
 
@@ -194,7 +196,7 @@ class Models:
         self._store = wired.store
         self._service = Service(wired.store, sender)
         self._host = wired.settings.host
-        self._resume = wired.settings.home / RESUME
+        self._home = wired.settings.home
 
     def rows(self) -> tuple[Instance, ...]:
         """The rows of this host."""
@@ -227,22 +229,18 @@ class Models:
 
     def resume(self) -> tuple[str, ...]:
         """Start again what `end` has stopped, unless it has been asked to run meanwhile; the instances started."""
-        try:
-            names = [str(name) for name in json.loads(self._resume.read_text())]
-        except (OSError, ValueError):
-            return ()
-        started = []
+        names, started = remembered(self._home), []
         command = Command(verb=Verb.START, by="recovery up")
         for name in names:
             with contextlib.suppress(LeaseHeldError):
                 if self._service.committer.apply(name, lambda row, now: on_command(row, command, now)) is not None:
                     started.append(name)
-        self._resume.unlink(missing_ok=True)
+        (self._home / RESUME).unlink(missing_ok=True)
         return tuple(started)
 
     def _take_down(self) -> list[Instance]:
         ours = [row for row in self.rows() if row.state not in REST or row.run is not None]
-        self._remember([row.id for row in ours if row.desired is Desired.RUNNING])  # first, so that a crash in between forgets nothing
+        remember(self._home, [row.id for row in ours if row.desired is Desired.RUNNING])
         self._stop(ours, force=False)
         return ours
 
@@ -252,13 +250,21 @@ class Models:
             with contextlib.suppress(LeaseHeldError):
                 self._service.committer.apply(row.id, lambda row, now: on_command(row, command, now))
 
-    def _remember(self, names: list[str]) -> None:
-        known: list[str] = []
-        with contextlib.suppress(OSError, ValueError):
-            known = list(json.loads(self._resume.read_text()))
-        written = self._resume.with_suffix(".tmp")
-        written.write_text(json.dumps(sorted({*known, *names})))
-        written.replace(self._resume)
+
+def remember(home: Path, names: list[str]) -> None:
+    """Note instances that the next start is to start again; added to those noted before."""
+    path = home / RESUME
+    written = path.with_suffix(".tmp")
+    written.write_text(json.dumps(sorted({*remembered(home), *names})))
+    written.replace(path)
+
+
+def remembered(home: Path) -> tuple[str, ...]:
+    """The instances noted by `remember`."""
+    try:
+        return tuple(str(name) for name in json.loads((home / RESUME).read_text()))
+    except (OSError, ValueError):
+        return ()
 
 
 def end_directly(home: Path, say: Say, grace_s: float = DIRECT_GRACE_S) -> int:
@@ -273,6 +279,8 @@ def end_directly(home: Path, say: Say, grace_s: float = DIRECT_GRACE_S) -> int:
         return [name for name in host.instances() if (view := host.look(name)).server_alive or view.keeper_alive or view.strays]
 
     names = left()
+    if names:
+        remember(home, [name for name in names if host.read_record(name).desired == "running"])
     began = asked_at = 0.0
     until = time.monotonic() + grace_s + 30.0
     while remaining := left():
@@ -284,17 +292,26 @@ def end_directly(home: Path, say: Say, grace_s: float = DIRECT_GRACE_S) -> int:
             )
         again = now - asked_at >= 3.0  # vLLM can lose a SIGTERM while it loads
         for name in remaining:
-            view = host.look(name)
-            if view.run is not None and view.server_alive and now - began < grace_s:
-                if again:
-                    host.terminate(name, view.run.token)
-            else:
-                host.end_strays(name)
+            _end_one(host, name, ask=now - began < grace_s, again=again, frozen=now - began > grace_s + KEEPER_S)
         if again:
             asked_at = now
             say(f"ending {', '.join(remaining)}")
         time.sleep(0.1)
     return len(names)
+
+
+def _end_one(host: Processes, name: str, *, ask: bool, again: bool, frozen: bool) -> None:
+    """Ask a server to end, or end it, with all that is left of its runs."""
+    view = host.look(name)
+    if view.run is not None and view.server_alive and ask:
+        if again:
+            host.terminate(name, view.run.token)
+        return
+    if view.run is not None:
+        host.kill(name, view.run.token)
+        if view.keeper_alive and not view.server_alive and frozen:
+            host.end_keeper(name, view.run.token)
+    host.end_strays(name)
 
 
 # --- down --------------------------------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ def host_main(
     while not ending.asked.wait(1.0):
         if not resumed:
             with contextlib.suppress(RecoveryError):
-                if settings.host in wired.store.hosts():
+                if listed[0].ready():
                     models.resume()
                     resumed = True
     if drain and not ending.leave_models:

@@ -1,0 +1,72 @@
+# `make up` runs the example fleet; `make test` proves that all of this works. `make help` lists the rest.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for each in python3.11 python3.12 python3.13 python3; do command -v $$each && break; done)
+FLEET ?= $(or $(RECOVERY_FLEET),examples/fleet.json)
+# Extra options of `recovery up` (make up ARGS=--leave-models) and of pytest (make test PYTEST="-k up -x").
+ARGS ?=
+PYTEST ?=
+# Most tests wait for processes; two at a time keep two cores busy. Tests of one file share what they started.
+JOBS ?= 2
+
+# What `.ci/run` runs beside `make test`; a share adds itself: `SHARES += test-something`.
+SHARES :=
+
+.PHONY: help up down status install dev check lint types layers pure test shares readme clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+up: $(VENV)/.installed ## everything on this machine: Redis, workers, clock, API, front door, Flower, the example fleet
+	@exec $(BIN)/recovery up --fleet $(FLEET) $(ARGS)
+
+down: $(VENV)/.installed ## end whatever an earlier `make up` left, even after its kill -9
+	@exec $(BIN)/recovery down $(ARGS)
+
+status: $(VENV)/.installed ## what runs where, and how it is
+	@exec $(BIN)/recovery status
+
+install: $(VENV)/.installed ## the virtual environment with what running needs
+dev: $(VENV)/.installed-dev ## the same with what the tests need
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo "cannot make a virtual environment: install your system's python3-venv"; exit 1; }
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+check: lint types layers pure ## the fast half: ruff, mypy --strict, the layer rules, the pure tests
+
+lint: dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: dev
+	$(BIN)/mypy
+
+layers: dev
+	$(BIN)/lint-imports
+
+pure: dev
+	$(BIN)/python -m pytest tests/core
+
+test: lint types layers ## everything: checks, pure, contract, process and command line tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not vllm' $(PYTEST)
+
+shares: $(SHARES) ## what .ci/run runs beside `make test`
+
+readme: dev ## write the README's tables anew, from the code
+	$(BIN)/python -m tests.cli.render_readme
+
+clean: ## remove what was built; what runs and RECOVERY_HOME stay
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
