@@ -2,7 +2,7 @@
 One small Protocol per outside thing. Adapters fill them; the service knows nothing else of the world.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
@@ -218,8 +218,8 @@ class Gpu(Protocol):
 class Kernel(Protocol):
     """What the kernel knows of an end."""
 
-    def oom_killed(self, pid: int, since: float) -> bool:
-        """True when the OOM killer took this process, as far as this host lets us see."""
+    def oom_killed(self, pid: int, since: float, others: Collection[int] = ()) -> bool:
+        """True when the OOM killer took this process or one of `others`, as far as this host lets us see."""
 
 
 class Webhook(Protocol):

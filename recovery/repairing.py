@@ -4,6 +4,7 @@ From the end of a run to its cause and its remedy: gathers what the pure `diagno
 Evidence leaves the host only redacted; it is kept beside the incident, which names it.
 """
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ DIAGNOSED_BYTES = 262_144
 """What is read of a log at an exit, its head and its tail: the line that tells is near one of them."""
 EVIDENCE_LINES = 200
 DISK_FULL_BYTES = 1 << 20
+_PID = re.compile(r"^\(\w+ pid=(\d+)\)")
 
 
 class Repairs:
@@ -53,7 +55,7 @@ class Repairs:
             stopping=row.desired is Desired.STOPPED or row.state not in PROBED,
             gpus=self._gpu.readings(),
             xids=self._gpu.xids(row.placement.gpus, view.run.at if view.run is not None else record.at),
-            kernel_oom=record.signal == 9 and view.run is not None and self._kernel.oom_killed(view.run.server_pid, view.run.at),
+            kernel_oom=self._oom_killed(record, view, log),
             disk_full=self._full(),
         )
         found = diagnose(evidence)
@@ -157,6 +159,14 @@ class Repairs:
         """What must not leave this host in anything about this model."""
         secrets = secret_values([*self._env.items(), *(spec.env.items() if spec is not None else ())])
         return RedactionConfig(patterns=fleet.redact_patterns, prompts=fleet.redact_prompts, literals=secrets)
+
+    def _oom_killed(self, record: ExitRecord, view: HostView, log: Sequence[str]) -> bool:
+        """Whether the kernel's OOM killer took the server or one of its workers; vLLM then ends with 0, so the log is asked who there was."""
+        lost = [line for line in log if "exit code: -9" in line or "SIGKILL" in line]
+        if view.run is None or (record.signal != 9 and not lost):
+            return False
+        others = {int(found[1]) for line in log if (found := _PID.match(line))}
+        return self._kernel.oom_killed(view.run.server_pid, view.run.at, others)
 
     def _spare_ports(self, fleet: Fleet, row: Instance) -> tuple[int, ...]:
         return tuple(port for port in spare_ports(fleet, row.model, row.placement.host) if self._host.port_holder(port) is None)[:10]
