@@ -161,7 +161,7 @@ class Repairs:
         return RedactionConfig(patterns=fleet.redact_patterns, prompts=fleet.redact_prompts, literals=secrets)
 
     def _oom_killed(self, record: ExitRecord, view: HostView, log: Sequence[str]) -> bool:
-        """Whether the kernel's OOM killer took the server or one of its workers; vLLM then ends with 0, so the log is asked who there was."""
+        """Whether the OOM killer took the server or a worker: vLLM then ends with 0, so the log is asked who there was."""
         lost = [line for line in log if "exit code: -9" in line or "SIGKILL" in line]
         if view.run is None or (record.signal != 9 and not lost):
             return False
