@@ -20,7 +20,7 @@ from recovery.api.web import Json
 from recovery.core.commanding import Verb
 from recovery.core.instance import Instance
 from recovery.core.states import PROBED
-from recovery.core.view import CheckView, FleetView, ModelView, check_view
+from recovery.core.view import CheckView, FleetView, ModelView, check_view, model_view
 from recovery.errors import HostAwayError
 
 router = APIRouter(tags=["models"])
@@ -155,8 +155,8 @@ async def start(_: Operator, here: Here, model_id: ModelId, wait: Wait = True, t
 async def reset(_: Operator, here: Here, model_id: ModelId) -> Response:
     """Clear budget, backoff and changed flags; a model that had given up starts again."""
     sent = await here.commands.send(Verb.RESET, model_id, {})
-    await here.commands.outcome(sent, CHECK_SLACK_S)
-    return _commanded(here.board.model(model_id), sent, f"Restart budget of LLM model '{model_id}' reset")
+    rows = await here.read_rows(model_id)
+    return _commanded(model_view(rows, here.board.now, here.board.alive), sent, f"Restart budget of LLM model '{model_id}' reset")
 
 
 @router.post(

@@ -15,12 +15,14 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response
 from sse_starlette import EventSourceResponse, JSONServerSentEvent, ServerSentEvent
 
+from recovery.adapters.vllm_metrics import memories
 from recovery.api import logs
 from recovery.api.auth import Reader
 from recovery.api.limits import limited
-from recovery.api.schemas import EventList, IncidentList, LogView, answers
-from recovery.api.state import Here, ModelId, Shared
+from recovery.api.schemas import EventList, IncidentList, LoadList, LoadView, LogView, answers
+from recovery.api.state import MAX_STREAMS, Here, ModelId, Shared
 from recovery.api.web import Json
+from recovery.core.summary import Load, load_of
 from recovery.errors import RecoveryError, StoreUnavailableError
 
 router = APIRouter(tags=["watch"])
@@ -40,7 +42,7 @@ def _stream(source: AsyncIterator[ServerSentEvent], here: Shared) -> Response:
             async for event in source:
                 yield event
 
-    if here.streams >= 200:
+    if here.streams >= MAX_STREAMS:
         raise HTTPException(503, "Too many open streams", {"retry-after": "10"})
     return EventSourceResponse(counted(), ping=PING_S, headers={"x-accel-buffering": "no"})
 
@@ -77,6 +79,30 @@ async def _fleet_events(here: Shared) -> AsyncIterator[ServerSentEvent]:
                 yield JSONServerSentEvent(event="lost", data={"detail": str(error)})
                 told = False
                 await asyncio.sleep(LOOK_AGAIN_S)
+
+
+@router.get("/load", response_model=LoadList, responses=answers(), summary="What the models serve")
+async def loads(_: Reader, here: Here) -> Response:
+    """Requests, cache and latencies per model, from the servers' own metrics, over the last minute or two."""
+    await here.board.ready()
+    here.board.check()
+    kept = await to_thread.run_sync(memories, here.store, limiter=here.readers)
+    found = {model: load_of((kept[row.id] for row in rows if row.id in kept), here.board.now) for model, rows in here.board.known.items()}
+    return Json({"loads": {model: _load_view(load).model_dump() for model, load in found.items() if load is not None}})
+
+
+def _load_view(load: Load) -> LoadView:
+    return LoadView(
+        at=load.at,
+        window_seconds=load.window_s,
+        running=load.running,
+        waiting=load.waiting,
+        kv_cache_usage=load.kv_cache_usage,
+        ttft_seconds=load.ttft_s,
+        e2e_seconds=load.e2e_s,
+        finished=load.finished,
+        error_rate=load.error_rate,
+    )
 
 
 @router.get(

@@ -7,7 +7,7 @@ from typing import Any, Final
 from pydantic import Field
 
 from recovery.core.change import Incident
-from recovery.core.view import ModelView, Shown
+from recovery.core.view import Shown
 
 MODEL_PATTERN: Final = r"^[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?$"
 
@@ -162,23 +162,24 @@ class WhoView(Shown):
     version: str
 
 
-class Load(Shown):
+class LoadView(Shown):
     """What a model serves, from its vLLM servers' own metrics, over the last minute or two."""
 
     at: float
+    window_seconds: float
     running: float
     waiting: float
     kv_cache_usage: float | None = Field(description="0 to 1, of the fullest replica")
-    ttft_seconds: dict[str, float]
-    e2e_seconds: dict[str, float]
+    ttft_seconds: dict[str, float] = Field(description="time to first token, by quantile")
+    e2e_seconds: dict[str, float] = Field(description="whole requests, by quantile")
     finished: dict[str, float] = Field(description="requests finished in the window, by reason")
-    error_rate: float | None
+    error_rate: float | None = Field(description="share of them that got no answer")
 
 
-class ModelDetail(ModelView):
-    """A model with what it serves."""
+class LoadList(Shown):
+    """What each model serves; a model whose servers say nothing is absent."""
 
-    load: Load | None = None
+    loads: dict[str, LoadView]
 
 
 def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -5,12 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from anyio import CapacityLimiter
+from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, HTTPException, Path, Request
 
 from recovery.api.board import Board
 from recovery.api.commands import Commands
 from recovery.api.schemas import MODEL_PATTERN
+from recovery.core.instance import Instance
 from recovery.ports import Store
 
 MAX_STREAMS = 200
@@ -28,6 +29,11 @@ class Shared:
     commands: Commands
     readers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(READERS))
     streams: int = 0
+
+    async def read_rows(self, model: str) -> tuple[Instance, ...]:
+        """Return a model's rows as they are in Redis now, for an answer that must not be a moment behind."""
+        ids = [row.id for row in self.board.rows_of(model)]
+        return await to_thread.run_sync(self.store.load_many, ids, limiter=self.readers)
 
     @contextmanager
     def stream(self) -> Iterator[None]:
