@@ -1,6 +1,9 @@
 """What a continued stream looks like to its client: exactly like one that was never cut, or an error event that says why."""
 
 import asyncio
+import http.server
+import json
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,7 +11,7 @@ import httpx
 import pytest
 
 from recovery.core.continuation import REASONS
-from recovery.simulator.tokens import decode, encode, generate, render_chat
+from recovery.simulator.tokens import Decoder, decode, encode, generate, render_chat
 from tests.frontdoor.world import Door, Outcome, Sim, World, expected_text, stream, whole
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -209,6 +212,52 @@ def test_a_shutdown_of_the_server_in_mid_stream_is_a_cut_too(world: World) -> No
 
     cut = asyncio.run(run())
     assert (cut.text, cut.finish, cut.error) == (decode(chat_ids("Bye", 60)), "length", "")
+
+
+class Aborting(http.server.BaseHTTPRequestHandler):
+    """A replica that ends its streams as vLLM does at SIGTERM: three tokens, `finish_reason: abort`, `[DONE]`."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        ids = generate(encode(body["prompt"]), 3)
+        decoder = Decoder()
+        rows: list[dict[str, Any]] = [{"text": decoder.feed([i]), "finish_reason": None, "token_ids": [i]} for i in ids]
+        rows[0]["prompt_token_ids"] = encode(body["prompt"])
+        rows.append({"text": "", "finish_reason": "abort", "token_ids": []})
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.end_headers()
+        for row in rows:
+            event = {"id": "x", "object": "text_completion", "created": 1, "model": "m", "choices": [{"index": 0, **row}]}
+            self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+            threading.Event().wait(0.1)  # as a slow model
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_an_aborted_answer_is_not_the_end(world: World) -> None:
+    (sim,) = world.sims(1)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Aborting)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        door = Door(world.folder)
+        world.parts.append(door)
+        aborting = {**sim.row(), "instance": "m-9", "port": server.server_address[1]}
+        door.tell([{"name": "m", "replicas": [aborting, sim.row()]}])
+        door.start()
+        cut = ask(door, TEXT, prompt="Plain words", max_tokens=20)
+        assert (cut.text, cut.finish, cut.error) == (expected_text("Plain words", 20), "length", "")
+        assert "abort" not in json.dumps(cut.events)
+        assert door.metric("recovery_frontdoor_continued_total", by="ids") == 1
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}}}]

@@ -14,8 +14,8 @@ from tests.frontdoor.world import Door, Part, World, free_port
 from tests.helpers import wait_until
 
 STREAMS = 1000
-SECONDS = float(os.environ.get("FRONTDOOR_STREAM_S", "8"))
-WAVES = int(os.environ.get("FRONTDOOR_WAVES", "3"))
+SECONDS = float(os.environ.get("FRONTDOOR_STREAM_S", "6"))
+WAVES = int(os.environ.get("FRONTDOOR_WAVES", "2"))
 RATE = 20
 
 
