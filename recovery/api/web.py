@@ -62,7 +62,7 @@ class Shield:
     """
     Refuses what no endpoint should see, and adds the security headers.
 
-    - A body above `MAX_BODY`: 413.
+    - A body above `MAX_BODY`: 413; one that does not tell its length: 411.
     - A request that changes something and comes from a page of another origin: 403. Browsers tell by `Origin` and
       `Sec-Fetch-Site`; curl sends neither.
     - Where no token is asked for, any other name than this machine's own in `Host`: 403. A page that lets its own name
@@ -83,7 +83,7 @@ class Shield:
         if refused is not None:
             await refused(scope, receive, sender)
             return
-        await self._app(scope, _Limited(receive), sender)
+        await self._app(scope, receive, sender)
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
@@ -91,6 +91,8 @@ class Shield:
             return error(403, "Without tokens this API answers to localhost only; set FMCP_BEARER_TOKEN to use another name")
         if scope["method"] in UNSAFE and _foreign(headers):
             return error(403, "Requests from pages of another origin are refused")
+        if "transfer-encoding" in headers:
+            return error(411, "A body needs a Content-Length; no endpoint here takes a stream", {"connection": "close"})
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > MAX_BODY:
             return error(413, f"Request body is larger than {MAX_BODY} bytes", {"connection": "close"})
@@ -111,29 +113,14 @@ def _foreign(headers: Headers) -> bool:
     return headers.get("sec-fetch-site") in ("cross-site", "same-site")
 
 
-class _Limited:
-    """Counts a body that does not tell its length."""
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self._seen = 0
-
-    async def __call__(self) -> Message:
-        message = await self._receive()
-        self._seen += len(message.get("body", b""))
-        if self._seen > MAX_BODY:
-            raise HTTPException(413, f"Request body is larger than {MAX_BODY} bytes", {"connection": "close"})
-        return message
-
-
 def _with_headers(send: Send, path: str) -> Send:
     async def sender(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             for name, value in HEADERS.items():
                 headers.setdefault(name, value)
-            if not path.startswith("/static/"):
-                headers.setdefault("cache-control", "no-store")
+            # Modules import each other without the stamp of the page, so a browser has to ask whether they changed.
+            headers.setdefault("cache-control", "no-cache" if path.startswith("/static/") else "no-store")
         await send(message)
 
     return sender

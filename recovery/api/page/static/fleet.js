@@ -65,7 +65,7 @@ function summary(models, hosts) {
 
 function row(model, hosts, load) {
   const gpu = memory(model, hosts);
-  const cell = (name, ...content) => h("div", { class: "cell" }, h("span", { class: "name" }, name), h("span", { class: "value" }, content));
+  const cell = (name, ...content) => h("div", { class: content[0] === "–" ? "cell none" : "cell" }, h("span", { class: "name" }, name), h("span", { class: "value" }, content));
   return h("a", { class: `row ${tone(model)}`, href: `/models/${encodeURIComponent(model.id)}`, role: "listitem", "data-link": true, dataset: { focus: model.id } },
     h("div", { class: "head" }, h("strong", {}, model.id), badge(model),
       model.replicas > 1 ? h("span", { class: "dim num" }, `${model.ready}/${model.replicas} ready`) : null,

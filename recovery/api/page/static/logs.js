@@ -4,6 +4,7 @@ import { fill, h, refresh } from "./dom.js";
 import { clock } from "./words.js";
 
 const KEPT = 3000;
+const PROBE = /"GET \/(health|metrics|ping|load|v1\/models|is_paused)\S* HTTP/;
 
 export function logPanel(path) {
   const pre = h("pre", { class: "log", tabindex: "0", "aria-label": "Log" });
@@ -11,8 +12,9 @@ export function logPanel(path) {
   const replica = h("select", { "aria-label": "Replica", onchange: restart });
   const run = h("select", { "aria-label": "Run", onchange: restart }, h("option", { value: "" }, "live"));
   const only = h("input", { type: "search", placeholder: "only lines with…", "aria-label": "Only lines with", oninput: filter });
+  const probes = h("input", { type: "checkbox", checked: true, onchange: filter });
   const element = h("section", { class: "card logs", "aria-label": "Log" },
-    h("div", { class: "bar" }, h("h2", {}, "Log"), h("div", { class: "tools" }, replica, run, only)), said, pre);
+    h("div", { class: "bar" }, h("h2", {}, "Log"), h("div", { class: "tools" }, h("label", {}, probes, "hide probes"), replica, run, only)), said, pre);
   let close = () => {}, begun = false;
 
   function put(lines) {
@@ -21,7 +23,7 @@ export function logPanel(path) {
     while (pre.childElementCount > KEPT) pre.firstElementChild.remove();
     if (low) pre.scrollTop = pre.scrollHeight;
   }
-  const fits = (text) => !only.value || text.toLowerCase().includes(only.value.toLowerCase());
+  const fits = (text) => !(probes.checked && PROBE.test(text)) && (!only.value || text.toLowerCase().includes(only.value.toLowerCase()));
   function filter() { for (const each of pre.children) each.hidden = !fits(each.textContent); pre.scrollTop = pre.scrollHeight; }
   const query = () => (replica.value === "" ? "" : `&replica=${replica.value}`);
 

@@ -116,16 +116,17 @@ function table(model, gpu, load) {
     fact("Next restart", model.next_restart_at ? until(model.next_restart_at) : "none due"),
     fact("Policy", model.restart_policy),
     exit ? fact("Last end", `${cause(model)}, ${clock(exit.at)}`, exit.evidence ? h("code", { class: "evidence" }, exit.evidence) : null) : fact("Last end", "none known"),
-    fact("GPU memory", gpu ? meter(gpu) : "–"),
-    fact("In the engine", load ? `${load.running} running, ${load.waiting} waiting` : "–"),
-    fact("KV cache", load?.kv_cache_usage != null ? `${Math.round(load.kv_cache_usage * 100)} %` : "–"),
-    fact("First token", quantiles(load?.ttft_seconds)),
-    fact("Whole request", quantiles(load?.e2e_seconds)),
-    fact("No answer", load?.error_rate != null ? `${(load.error_rate * 100).toFixed(1)} % of the last minutes` : "–"),
+    gpu ? fact("GPU memory", meter(gpu)) : null,
+    load ? fact("In the engine", `${load.running} running, ${load.waiting} waiting`) : null,
+    load?.kv_cache_usage != null ? fact("KV cache", `${Math.round(load.kv_cache_usage * 100)} %`) : null,
+    known(load?.ttft_seconds) ? fact("First token", quantiles(load.ttft_seconds)) : null,
+    known(load?.e2e_seconds) ? fact("Whole request", quantiles(load.e2e_seconds)) : null,
+    load?.error_rate != null ? fact("No answer", `${(load.error_rate * 100).toFixed(1)} % of the last minutes`) : null,
   ];
 }
 
-const quantiles = (found) => (found && Object.keys(found).length ? ["0.5", "0.95", "0.99"].filter((q) => q in found).map((q) => `p${Math.round(q * 100)} ${millis(found[q])}`).join(" · ") : "–");
+const known = (found) => found && Object.keys(found).length > 0;
+const quantiles = (found) => ["0.5", "0.95", "0.99"].filter((q) => q in found).map((q) => `p${Math.round(q * 100)} ${millis(found[q])}`).join(" · ");
 
 function card(each, model) {
   return h("article", { class: "card instance" },
