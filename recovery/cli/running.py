@@ -19,8 +19,8 @@ from recovery.core.states import State
 from recovery.errors import ConflictError, RecoveryError, StoreUnavailableError
 from recovery.part_list import FLOWER_USER, Listed, all_parts, beat, control, door, flower, flower_password_file, host
 from recovery.part_list import api as api_part
+from recovery.ports import Sender
 from recovery.settings import Settings, load_settings, unknown_names
-from workers.sending import CelerySender
 
 PARTS_S = 90.0
 """Time for all parts to begin their work; the slowest needs 3 s on an idle machine."""
@@ -302,8 +302,9 @@ def _settings(fleet: Path | None, host: str | None) -> Settings:
     return load_settings()
 
 
-def _sender() -> CelerySender:
-    from workers.app import app
+def _sender() -> Sender:
+    from workers.app import app  # here, because Celery takes half a second to import
+    from workers.sending import CelerySender
 
     return CelerySender(app)
 

@@ -191,22 +191,13 @@ class Installation:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait(PATIENCE_S)
-        for each in parts.find(self.home):
-            _kill(each.process)
+        parts.end([each.process for each in parts.find(self.home)], 0.0)
         if (self.home / "instances").exists():
             end_directly(self.home, lambda _text: None, grace_s=0.0)
-        with contextlib.suppress(psutil.Error):
-            if (server := embedded_redis.find(self.home)) is not None:
-                _kill(server.process)
+        if (server := embedded_redis.find(self.home)) is not None:
+            parts.end([server.process], 0.0)
         self.wired.store.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _kill(process: psutil.Process) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.kill()
-    with contextlib.suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
-        process.wait(PATIENCE_S)
 
 
 @contextlib.contextmanager
