@@ -17,6 +17,8 @@ from recovery.core.commanding import Command, Verb
 Back = Callable[[], None]
 
 FILL = "fill"
+FRESH_S = 15.0
+"""A command this young may not have reached its host yet, on a machine that is busy with being broken."""
 RUNNING_AGAIN_S = 30.0
 
 
@@ -94,7 +96,7 @@ class Deeds:
                 return "redis", self._redis_again(lambda: None)
             case Kind.REDIS_WIPED:
                 world.kill_redis()
-                return "redis", self._redis_again(world.wipe_redis)
+                return "redis", self._redis_again(world.wipe_redis, forgets=True)
             case Kind.REDIS_FORGOT:
                 return self._redis_forgets()
             case Kind.DISK_FULL:
@@ -176,11 +178,13 @@ class Deeds:
 
     # --- Redis and disk ---
 
-    def _redis_again(self, meanwhile: Back) -> Back:
+    def _redis_again(self, meanwhile: Back, *, forgets: bool = False) -> Back:
         def back() -> None:
             self._world.kill_redis()
             meanwhile()
             self._world.start_redis()
+            if forgets:
+                self._look_after_the_start()
 
         return back
 
@@ -196,7 +200,7 @@ class Deeds:
                 if path.exists() and path.stat().st_size > size:
                     os.truncate(path, size)
 
-        return "redis", self._redis_again(cut)
+        return "redis", self._redis_again(cut, forgets=True)
 
     def _fill_disk(self, planned: Planned) -> tuple[str, Back | None]:
         fill = self._world.instances / FILL
@@ -212,6 +216,11 @@ class Deeds:
             with contextlib.suppress(Exception):
                 if self._world.service.command(model, Command(verb=verb, override=True, by="chaos")).accepted:
                     return
+
+    def _look_after_the_start(self) -> None:
+        """A command whose second Redis lost, before any host knew of it, is gone: its operator looks, and gives it again."""
+        if any(time.time() - at < FRESH_S for _, at in self.operator_starts) and not any(outage.until is None for outage in self.outages):
+            self._command("always", Verb.START)
 
     def _start_again(self) -> None:
         self._command("always", Verb.START)

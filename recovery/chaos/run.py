@@ -52,6 +52,7 @@ class _Run:
         self._deeds = Deeds(world)
         self._watch = Watch(world)
         self._backs: list[tuple[float, Done, Back]] = []
+        self._began, self._told = time.monotonic(), ""
 
     def go(self, kinds: Sequence[Kind]) -> None:
         self._world.up()
@@ -88,7 +89,7 @@ class _Run:
         target, back = made
         done = Done(planned.kind, target, at)
         self._report.faults.append(done)
-        self._say(f"{planned.kind.value}: {target}")
+        self._tell(f"{planned.kind.value}: {target}")
         if back is None:
             done.lifted = time.time()
         else:
@@ -99,7 +100,7 @@ class _Run:
         for _, done, back in self._backs:
             self._lift(done, back)
         self._backs = []
-        self._say("no more faults; waiting until all is well")
+        self._tell("no more faults; waiting until all is well")
         if not self._wait(self._all_converged, REST_S):
             self._reset_spent()
             if not self._wait(self._all_converged, REST_S):
@@ -123,14 +124,26 @@ class _Run:
                 self._backs.remove(entry)
                 self._lift(entry[1], entry[2])
             self._note_converged()
+            self._tell_why_not()
             if until():
                 return True
             if time.monotonic() >= end:
                 return False
             time.sleep(0.05)
 
+    def _tell(self, text: str) -> None:
+        self._say(f"{time.monotonic() - self._began:7.1f} s  {text}")
+
+    def _tell_why_not(self) -> None:
+        """What keeps all from being well, whenever that changes: the story of the run, for whoever asks why it took so long."""
+        why = self._watch.why_not
+        if why != self._told:
+            self._told = why
+            self._tell(f"          {why or 'all is well'}")
+
     def _lift(self, done: Done, back: Back) -> None:
         back()
+        self._tell(f"      over: {done.kind.value}")
         done.lifted = time.time()
 
     def _note_converged(self) -> None:
