@@ -181,6 +181,8 @@ class Door:
         return Exchange(self, client, request, self._pool(model, account), kind, body, request.body)
 
     def _pool(self, model: str | None, account: Account | None) -> Pool:
+        if not self.view.known:
+            raise Refusal(503, "the fleet is not known yet", "starting", lines=(b"retry-after: 1\r\n",))
         if model is None:
             if len(self.fleet.pools) != 1:
                 raise Refusal(400, "model is needed: this fleet has several (in the body, as a form field, or ?model=)", param="model")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from recovery.frontdoor.exchange import Exchange
     from recovery.frontdoor.upstream import Upstream
 
+ON_PURPOSE = LEAVING - {"failed"}
+"""States that a run ends in because somebody ended it."""
 RunKey = tuple[str, str]
 """Instance and life: the run's token, counted on by the door where nobody tells it one."""
 
@@ -220,8 +222,11 @@ class Fleet:
                 endpoint = Endpoint(spec, pool, pool.meter.replica(spec.instance))
                 endpoint.warm_from = self._serving_since(spec)
             else:
-                was_routable = endpoint.spec.routable
+                was_routable, run = endpoint.spec.routable, endpoint.run_key
                 if endpoint.restate(spec):
+                    if was_routable and spec.state not in ON_PURPOSE:
+                        at_it = [c.exchange for c in endpoint.live if c.exchange is not None and c.exchange.run == run]
+                        endpoint.awaiting += [(exchange, run) for exchange in at_it]  # the view was faster than the reset
                     self.run_ended(endpoint)
                     endpoint.reborn()
                 elif spec.routable and not was_routable:

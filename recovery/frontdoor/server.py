@@ -22,6 +22,8 @@ from recovery.frontdoor.view import Feeder, View
 
 log = logging.getLogger(__name__)
 BACKLOG = 4096
+FIRST_WORD_S = 5.0
+"""How long a door waits for the first word on its fleet before it opens; until then it would know no model."""
 
 
 class Server:
@@ -47,6 +49,9 @@ class Server:
         view = View()
         self._feeder.start(view)
         door = Door(settings, view, self._reports)
+        until = loop.time() + FIRST_WORD_S
+        while not view.known and loop.time() < until and not self._stop.is_set():
+            await asyncio.sleep(0.02)  # whoever is replaced serves until we can
         server = await loop.create_server(lambda: Client(door), sock=listener, backlog=BACKLOG)
         handover = self._offer(successor, listener, server)
         metrics_port = self._serve_metrics(door)

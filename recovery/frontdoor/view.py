@@ -71,18 +71,21 @@ class View:
 
     def __init__(self) -> None:
         self.snapshot = Snapshot()
+        self.known = False
+        """True once anything has been told: an empty fleet and an unknown one are not the same."""
         self.fed = True
         """False while the feeder has lost its source: then the door's own looks decide more."""
         self._listeners: list[Callable[[Snapshot], None]] = []
 
     def listen(self, listener: Callable[[Snapshot], None]) -> None:
-        """Have `listener` called with each new snapshot, and with the present one now."""
+        """Have `listener` called with each new snapshot, and with the present one now if there is one."""
         self._listeners.append(listener)
-        listener(self.snapshot)
+        if self.known:
+            listener(self.snapshot)
 
     def apply(self, snapshot: Snapshot) -> None:
         """Take a whole snapshot for true."""
-        self.fed, self.snapshot = True, snapshot
+        self.known, self.fed, self.snapshot = True, True, snapshot
         for listener in self._listeners:
             listener(snapshot)
 

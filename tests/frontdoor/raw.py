@@ -65,6 +65,13 @@ class Wire:
             body, self.buffer = self.buffer, b""
         return Answer(int(lines[0].split()[1]), headers, body)
 
+    def rest(self, end: bytes) -> bytes:
+        """Everything up to `end`, at once; made for large answers."""
+        parts = [self.buffer]
+        while not parts[-1].endswith(end) and (data := self.sock.recv(2**20)):
+            parts.append(data)
+        return b"".join(parts)
+
     def ended(self) -> bool:
         """True once the peer has closed; what still comes is dropped."""
         while self._more():

@@ -217,12 +217,15 @@ def test_a_shutdown_of_the_server_in_mid_stream_is_a_cut_too(world: World) -> No
 class Aborting(http.server.BaseHTTPRequestHandler):
     """A replica that ends its streams as vLLM does at SIGTERM: three tokens, `finish_reason: abort`, `[DONE]`."""
 
+    def rows(self, prompt: str) -> list[dict[str, Any]]:
+        decoder, ids = Decoder(), generate(encode(prompt), 3)
+        rows: list[dict[str, Any]] = [{"text": decoder.feed([i]), "finish_reason": None, "token_ids": [i]} for i in ids]
+        rows[0]["prompt_token_ids"] = encode(prompt)
+        return rows
+
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        ids = generate(encode(body["prompt"]), 3)
-        decoder = Decoder()
-        rows: list[dict[str, Any]] = [{"text": decoder.feed([i]), "finish_reason": None, "token_ids": [i]} for i in ids]
-        rows[0]["prompt_token_ids"] = encode(body["prompt"])
+        rows = self.rows(body["prompt"])
         rows.append({"text": "", "finish_reason": "abort", "token_ids": []})
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
@@ -241,6 +244,17 @@ class Aborting(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class Wordless(Aborting):
+    """One that gives no token ids."""
+
+    @staticmethod
+    def pieces(text: str) -> list[str]:
+        return [text[i : i + 3] for i in range(0, len(text), 3)]
+
+    def rows(self, prompt: str) -> list[dict[str, Any]]:
+        return [{"text": piece, "finish_reason": None} for piece in self.pieces(decode(generate(encode(prompt), 3)))]
+
+
 def test_an_aborted_answer_is_not_the_end(world: World) -> None:
     (sim,) = world.sims(1)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Aborting)
@@ -255,6 +269,30 @@ def test_an_aborted_answer_is_not_the_end(world: World) -> None:
         assert (cut.text, cut.finish, cut.error) == (expected_text("Plain words", 20), "length", "")
         assert "abort" not in json.dumps(cut.events)
         assert door.metric("recovery_frontdoor_continued_total", by="ids") == 1
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_without_ids_text_goes_on_only_where_the_operator_allows_it(world: World, allowed: bool) -> None:
+    (sim,) = world.sims(1)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Wordless)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        door = Door(world.folder)
+        world.parts.append(door)
+        wordless = {**sim.row(), "instance": "m-9", "port": server.server_address[1]}
+        door.tell([{"name": "m", "settings": {"allow_text_continuation": allowed}, "replicas": [wordless, sim.row()]}])
+        door.start()
+        cut = ask(door, TEXT, prompt="Plain words", max_tokens=20)
+        begun = decode(generate(encode("Plain words"), 3))
+        if allowed:
+            assert cut.text == begun + expected_text("Plain words" + begun, 20 - len(Wordless.pieces(begun)))
+            assert (cut.finish, cut.error) == ("length", "")
+            assert {event["id"] for event in cut.events} == {"x"}
+        else:
+            assert cut.text == begun and REASONS["no_ids"] in cut.error
     finally:
         server.shutdown()
         server.server_close()
