@@ -14,8 +14,11 @@ JOBS ?= 2
 
 # What `.ci/run` runs beside `make test`; a share adds itself: `SHARES += test-something`.
 SHARES :=
+SHARES += test-deploy
+# Folders of tests that belong to a share, so `make test` leaves them out.
+APART := tests/deploy
 
-.PHONY: help up down status install dev check lint types layers pure test shares readme clean
+.PHONY: help up down status install dev check lint types layers pure test shares test-deploy bench readme clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,9 +63,15 @@ pure: dev
 	$(BIN)/python -m pytest tests/core
 
 test: lint types layers ## everything: checks, pure, contract, process and command line tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not vllm' $(PYTEST)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not vllm' $(addprefix --ignore=,$(APART)) $(PYTEST)
 
 shares: $(SHARES) ## what .ci/run runs beside `make test`
+
+test-deploy: dev ## compose, units, access rules, packages, a clean clone, every command of the README
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/deploy $(PYTEST)
+
+bench: dev ## the figures of the README, beside their floors and peers, into bench.json; takes about half an hour
+	$(BIN)/python -m tests.bench.control_plane $(ARGS)
 
 readme: dev ## write the README's tables anew, from the code
 	$(BIN)/python -m tests.cli.render_readme
