@@ -84,8 +84,9 @@ class Deeds:
                 return f"{world.proxy.go_half_open()} connections", None
             case Kind.PARTS_KILLED:
                 world.kill_redis()
-                for pid in world.part_pids().values():
-                    _kill(pid)
+                for pid in [pid for pid in world.manager.pids().values() if pid is not None]:
+                    with contextlib.suppress(ProcessLookupError):
+                        _kill(pid)
                 return "all", self._redis_again(lambda: None)
             case Kind.HOST_KILLED | Kind.CONTROL_KILLED | Kind.BEAT_KILLED | Kind.API_KILLED:
                 return self._part(planned, _kill, back=False)

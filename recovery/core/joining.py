@@ -87,14 +87,29 @@ def remembered(row: Instance, record: HostRecord) -> Instance:
     return row.evolve(**changes) if changes else row
 
 
+def caught_up(row: Instance, record: HostRecord, now: float) -> Instance:
+    """
+    The row raised to what the host has seen, with the wish that came with a higher token.
+
+    Every command raises the token, and the host writes both down before it acts. So when Redis lost the second in which
+    the operator stopped or started an instance, the host still knows, and the stop stays a stop.
+    """
+    after = remembered(row, record)
+    if record.token <= row.token or record.desired == row.desired.value:
+        return after
+    verb = Verb.STOP if record.desired == "stopped" else Verb.START
+    decision = on_command(after, Command(verb=verb, by="its host"), now)
+    return decision.after if isinstance(decision, Decision) else after
+
+
 def recorded(row: Instance, record: HostRecord, *, started_at: float | None = None) -> HostRecord:
-    """The host's record brought up to the row; `started_at` adds a start (Unix seconds)."""
+    """The host's record brought up to the row; `started_at` adds a start (Unix seconds). A row that is behind keeps its wish to itself."""
     starts = record.starts if record.forgiven == row.forgiven else ()
     rest = row.state.value if row.state in RESTS.values() else None
     return record.model_copy(
         update={
             "token": max(record.token, row.token),
-            "desired": row.desired.value,
+            "desired": record.desired if record.token > row.token else row.desired.value,
             "last_ended": max(record.last_ended, row.last_ended),
             "starts": (*starts, started_at)[-1000:] if started_at is not None else starts,
             "overrides": tuple(override.model_dump(mode="json") for override in row.overrides),
