@@ -5,36 +5,40 @@ Every step runs under the instance's `step.lock` and re-reads row and disk, so a
 no harm. The order is always: disk before row, row before deed.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from recovery.committing import Committer
-from recovery.core import braking, joining, stepping
+from recovery.core import braking, incidents, joining, stepping
 from recovery.core.change import ModelEvent
-from recovery.core.decision import Action, Decision
+from recovery.core.decision import Action, Decision, Failure
 from recovery.core.failing import ExitSeen, Remedy, on_exit, on_spawn_failed, unkillable
 from recovery.core.fleet import Fleet, InstancePlan, ModelSpec, digest, launch_digest
-from recovery.core.fleet_plan import plan, spare_ports
+from recovery.core.fleet_plan import plan
 from recovery.core.host import ExitRecord, HostView
 from recovery.core.instance import Desired, Instance, Value
-from recovery.core.launch import Launch, launch
+from recovery.core.launch import PORT, Launch, launch
 from recovery.core.looking import Look, on_look
+from recovery.core.remedies import StepKind
 from recovery.core.states import ENDING, PROBED, State
-from recovery.errors import DiskError, LeaseHeldError, SpawnError, StaleTokenError, UnknownModelError, VersionConflictError
+from recovery.errors import ConfigError, DiskError, LeaseHeldError, SpawnError, StaleTokenError, UnknownModelError, VersionConflictError
 from recovery.ports import Host, Sender, Store
 from recovery.repairing import Repairs
 
 CLAIM_S = 10.0
 """Lease of a start: how long another hand keeps off; a spawn takes 12 ms, a step never more than 2 s."""
 BRAKED_LOOK_S = 1.0
-EVIDENCE_TTL_S = 90 * 86_400.0
-"""As long as an incident is kept."""
+SOON_S = 0.5
+"""A start due within this writes the host's record itself; writing it twice would cost two syncs on the way."""
+EVIDENCE_TTL_S = 30 * 86_400.0
+"""Shorter than the incident itself is kept: some 20 kB each, where the record has 2."""
 
 
 class Started(Value):
     """What became of a start: `retry` carries the new token when the task itself should try again."""
 
-    outcome: Literal["started", "adopted", "ended", "waits", "refused", "held", "failed", "retry"]
+    outcome: Literal["started", "adopted", "ended", "waits", "refused", "held", "locked", "failed", "retry"]
     reason: str = ""
     token: int | None = None
     delay_s: float = 0.0
@@ -79,11 +83,14 @@ class HostService:
         """Start run `token` of an instance, if that is still what is wanted and nothing of an older run is in the way."""
         try:
             with self.host.step_lock(instance_id):
-                return self._start(self.store.claim(instance_id, token, CLAIM_S))
+                try:
+                    return self._start(self.store.claim(instance_id, token, CLAIM_S))
+                except LeaseHeldError as error:
+                    return Started(outcome="held", reason=str(error))
         except StaleTokenError as error:
             return Started(outcome="refused", reason=str(error))
         except LeaseHeldError as error:
-            return Started(outcome="held", reason=str(error))
+            return Started(outcome="locked", reason=str(error))
 
     def _start(self, row: Instance) -> Started:
         found = self._spec_of(row)
@@ -91,16 +98,18 @@ class HostService:
             return self._wait(row, f"host {self.name} has no model {row.model!r} in its fleet file", 5.0)
         fleet, planned, spec = found
         view = self.host.look(row.id)
-        raised = joining.remembered(row, view.record)
+        raised = joining.caught_up(row, view.record, self.store.now())
         if raised != row:
             self._apply(
-                row.id, lambda now_row, _: Decision(after=joining.remembered(now_row, view.record), reason="raised to the host's record")
+                row.id,
+                lambda now_row, now: Decision(after=joining.caught_up(now_row, view.record, now), reason="raised to the host's record"),
             )
             if raised.token != row.token:
                 return Started(outcome="refused", reason="this host has seen a newer token; the row is raised")
             row = raised
         if row.planned != planned.placement:  # the file moved it; what a remedy had chosen belongs to the old place
-            row = row.evolve(placement=planned.placement, planned=planned.placement)
+            kept = tuple(step for step in row.overrides if step.flag != PORT)
+            row = row.evolve(placement=planned.placement, planned=planned.placement, overrides=kept)
         made = launch(spec, row.placement, row.overrides, self._env)
         holder = self.host.port_holder(made.port) if made.port else None
         verdict = stepping.before_start(row, view, port_free=holder is None, port_ours=holder is not None and holder.ours)
@@ -110,13 +119,16 @@ class HostService:
             case "adopt":
                 return self._adopt(row, view)
             case "ended":
-                self._report_end(row.id, view)
+                decision = self._report_end(row.id, view)
+                if decision is not None:
+                    self._afterwards(decision, view)
                 return Started(outcome="ended", reason=verdict.why)
             case "wait" if holder is not None and not holder.ours and not verdict.end_strays:
                 return self._port_taken(row, fleet, planned, spec, f"port {made.port} is held by {holder.name} (pid {holder.pid})")
             case "wait":
                 if verdict.end_strays:
                     self._end_all(row.id, view)
+                    self._end_left_overs()
                 return self._wait(row, verdict.why, stepping.LOOK_AGAIN_S)
             case "spawn":
                 why = self._why_wait(row, fleet)
@@ -168,7 +180,8 @@ class HostService:
         except LeaseHeldError as error:
             return self._wait(row, str(error), stepping.LOOK_AGAIN_S)
         placement = row.placement.model_copy(update={"port": made.port})
-        place = {"placement": placement, "planned": row.planned, "base_url": made.base_url, "launched": launch_digest(spec)}
+        place: dict[str, object] = {"placement": placement, "planned": row.planned, "base_url": made.base_url, "overrides": row.overrides}
+        place["launched"] = launch_digest(spec)
         return self._spawned(row, place, adopted=False)
 
     def _spawned(self, row: Instance, place: Mapping[str, object], *, adopted: bool) -> Started:
@@ -202,13 +215,11 @@ class HostService:
 
     def _port_taken(self, row: Instance, fleet: Fleet, planned: InstancePlan, spec: ModelSpec, why: str) -> Started:
         """A stranger's process is left alone: another port of the range is taken, or the start counts as failed."""
-        if spec.remedies and planned.placement.port is not None:
-            free = next((port for port in spare_ports(fleet, row.model, self.name) if self.host.port_holder(port) is None), None)
-            if free is not None:
-                why = f"{why}; taking port {free}"
-                moved = row.placement.model_copy(update={"port": free})
-                self._apply(row.id, lambda now_row, now: stepping.moved(now_row, row.token, moved, why, now))
-                return Started(outcome="waits", reason=why)
+        free = next(iter(self.repairs.spare_ports(row, fleet, spec)), None) if spec.remedies else None
+        if free is not None:
+            why = f"{why}; taking port {free}"
+            self._apply(row.id, lambda now_row, now: stepping.moved(now_row, row.token, free, planned.placement, why, now))
+            return Started(outcome="waits", reason=why)
         return self._spawn_failed(row, SpawnError(f"cannot start {row.id}: {why}; end it or give the model another port"), retry=True)
 
     def _wait(self, row: Instance, why: str, wait_s: float) -> Started:
@@ -245,7 +256,9 @@ class HostService:
             text = f"cannot end {left}; look at it by hand, then reset"
             decision = self._apply(instance_id, lambda now_row, now: unkillable(now_row, text, now) if now_row.state in ENDING else None)
             return decision.reason if decision else "nothing"
-        if self._report_end(instance_id, view):
+        decision = self._report_end(instance_id, view)
+        if decision is not None:
+            self._afterwards(decision, view)
             return "reported its end"
         if row.state in ENDING or row.state in PROBED:
             self.host.write_record(instance_id, joining.recorded(row, view.record))
@@ -280,6 +293,12 @@ class HostService:
                 self.host.end_keeper(instance_id, view.run.token)
         self.host.end_strays(instance_id)
 
+    def _end_left_overs(self) -> None:
+        """SIGKILL to what is left of any instance's runs that are over: it may hold the card or the port that another needs."""
+        for instance_id in self.host.instances():
+            with contextlib.suppress(LeaseHeldError), self.host.step_lock(instance_id):
+                self.host.end_strays(instance_id)
+
     def in_flight(self, row: Instance) -> int | None:
         """Requests that front doors have in flight at this instance; None when none of them reports."""
         reports = self.store.get_many(f"door:{row.id}:")
@@ -300,38 +319,50 @@ class HostService:
                     self.host.adopt(instance_id)
                     self.on_run(instance_id)
                     return True
-                self._report_end(instance_id, view)
-                return True
+                decision = self._report_end(instance_id, view)
         except LeaseHeldError:
             return False
+        if decision is not None:
+            self._afterwards(decision, view)
+        return True
 
-    def _report_end(self, instance_id: str, view: HostView) -> bool:
-        """Commit the end of the newest run if it has ended and the row does not know yet. True when it did."""
+    def _report_end(self, instance_id: str, view: HostView) -> Decision | None:
+        """Commit the end of the newest run if it has ended and the row does not know yet; `_afterwards` does what can wait."""
         record = view.ended(self.clocks.wall())
         row = self.store.load(instance_id)
         if record is None or row is None or not row.last_ended < record.token <= row.token:
-            return False
+            return None
+        seen = self._exit_seen(row, record, view)
         if view.strays:
             self.host.end_strays(instance_id)
-        decision = self._end(row, record, view)
-        if decision is None:
-            return False
-        self._remember(decision.after)
-        if decision.failure is not None and decision.after.used <= 1:
-            self.host.protect(instance_id, record.token)
-        self._put_brake_on(decision)
-        self.keep_evidence(decision, view)
-        return True
 
-    def _end(self, row: Instance, record: ExitRecord, view: HostView) -> Decision | None:
-        seen = self._exit_seen(row, record, view)
-        return self._apply(row.id, lambda now_row, now: on_exit(now_row, seen, now, self.clocks.chance()))
+        def decide(now_row: Instance, now: float) -> Decision | None:
+            return on_exit(joining.caught_up(now_row, view.record, now), seen, now, self.clocks.chance())
+
+        decision = self._apply(row.id, decide)
+        if decision is None:
+            return None
+        after = decision.after
+        if after.state is not State.RESTARTING or after.not_before > self.store.now() + SOON_S:
+            self._remember(after)
+        return decision
+
+    def _afterwards(self, decision: Decision, view: HostView) -> None:
+        """What a reported end leaves to be done; the next start does not wait for it."""
+        if decision.failure is None:
+            return
+        if decision.after.used <= 1:
+            self.host.protect(decision.after.id, decision.failure.token)
+        self._put_brake_on(decision)
+        self._keep_evidence(decision.after, decision.failure, view)
+        if decision.step in (StepKind.FREE_GPU.value, StepKind.FREE_PORT.value):
+            self._end_left_overs()
 
     def _raise(self, instance_id: str, view: HostView) -> None:
         """Raise a row that is behind to what this host has seen: Redis lost its last second, or everything."""
 
-        def decide(row: Instance, _now: float) -> Decision:
-            return Decision(after=joining.remembered(row, view.record), reason="raised to the host's record")
+        def decide(row: Instance, now: float) -> Decision:
+            return Decision(after=joining.caught_up(row, view.record, now), reason="raised to the host's record")
 
         self._apply(instance_id, decide)
 
@@ -340,14 +371,17 @@ class HostService:
         at = self.store.now() - max(0.0, self.clocks.wall() - record.at)
         return self.repairs.exit_seen(row, record, view, self.fleet(), at=at)
 
-    def keep_evidence(self, decision: Decision, view: HostView) -> None:
-        """Keep what a post-mortem wants of the first failure of an outage, beside its incident."""
-        row = decision.after
-        if decision.failure is None or row.incident is None:
+    def _keep_evidence(self, row: Instance, failure: Failure, view: HostView) -> None:
+        """Keep what a post-mortem wants of an outage's first failure, under the id that its incident has or will have."""
+        incident = incidents.incident_id(row, failure)
+        if row.incident not in (None, incident):
             return
-        key = f"evidence:{row.incident}"
-        if self.store.get(key) is None:
-            self.store.put(key, self.repairs.collect(row, decision.failure.token, self.fleet(), view), EVIDENCE_TTL_S)
+        try:
+            found = self.repairs.collect(row, failure.token, self.fleet(), view)
+        except (OSError, DiskError, ConfigError) as error:  # a repair does not wait for its papers
+            found = {"missing": str(error)[:300]}
+        traffic = self.store.get(f"traffic:{row.id}")
+        self.store.put(f"evidence:{incident}", {**found, "metrics": traffic}, EVIDENCE_TTL_S)
 
     def _remember(self, row: Instance) -> None:
         """Bring the host's own record up to the row: what it needs to know when Redis has forgotten."""
@@ -369,6 +403,7 @@ class HostService:
         if expected is not None and expected.failure is not None:
             view = self.host.look(instance_id)
             remedy = self.repairs.remedy_for(row, expected.failure.cause, expected.failure.evidence, self.fleet(), view)
+            self._keep_evidence(row, expected.failure, view)  # before the commit: the kill destroys what there is to be seen
         decision = self._apply(instance_id, lambda now_row, now: on_look(now_row, look, now, self.clocks.chance(), remedy))
         if decision is None:
             return
@@ -376,7 +411,6 @@ class HostService:
             self._remember(decision.after)
         if view is not None:
             self._put_brake_on(decision)
-            self.keep_evidence(decision, view)
 
     def _completed(self, row: Instance, look: Look) -> Look:
         """The look with what only this host can add: is it our process that answers, does it use the processor."""
@@ -472,7 +506,10 @@ class HostService:
                 if view.server_alive and not view.keeper_alive:
                     self.host.adopt(instance_id)
                 row = self.store.load(instance_id)
-                if row is None or self._report_end(instance_id, view):
+                decision = self._report_end(instance_id, view) if row is not None else None
+                if decision is not None:
+                    self._afterwards(decision, view)
+                if row is None or decision is not None:
                     return
                 if view.record.token > row.token:
                     self._raise(instance_id, view)

@@ -45,7 +45,7 @@ class FleetCollector(Collector):
         yield from _specified(models, counters)
         yield from _models(models)
         yield from _instances(rows, now)
-        yield from _counters(counters)
+        yield from _counters(_from_zero(rows, counters))
         yield from _traffic({model: load for model, load in loads.items() if load is not None})
         yield from _hosts(beats, now)
         yield from _machinery(ticked, depths, now)
@@ -113,6 +113,9 @@ def _instances(rows: Sequence[Instance], now: float) -> Iterator[Metric]:
         ([*keys[row.id], max(0, row.policy.max_restarts - row.used)] for row in rows if row.policy.max_restarts),
     )
     yield _gauge(
+        "recovery_attempt", "Failures since a stable time: what the backoff grows by", names, ([*keys[row.id], row.attempt] for row in rows)
+    )
+    yield _gauge(
         "recovery_probe_duration_seconds",
         "How long the last look at a server took",
         names,
@@ -126,12 +129,20 @@ def _instances(rows: Sequence[Instance], now: float) -> Iterator[Metric]:
     )
 
 
+def _from_zero(rows: Sequence[Instance], counters: counting.Counters) -> counting.Counters:
+    """A series that first appears with a value has no increase in Prometheus, so what alerts rest on is told from zero."""
+    ours = [count for row in rows for where in ("gpu", "host") for count in counting.out_of_memory(row.model, row.placement.host, where)]
+    return {**{(count.name, count.labels): 0.0 for count in ours}, **counters}
+
+
 def _counters(counters: counting.Counters) -> Iterator[Metric]:
     for name, text in counting.HELP.items():
         if name in counting.BUCKETS_S:
-            histogram = HistogramMetricFamily(name, text, labels=["model"])
+            by_cause = name in counting.BY_CAUSE
+            histogram = HistogramMetricFamily(name, text, labels=["model", "cause"] if by_cause else ["model"])
             for each in counting.histogram(counters, name):
-                histogram.add_metric([each.model], list(each.buckets), each.total_s)
+                own = [each.model, each.cause] if by_cause else [each.model]
+                histogram.add_metric(own, list(each.buckets), each.total_s)
             yield histogram
             continue
         held = {labels: value for (kept, labels), value in counters.items() if kept == name}

@@ -4,39 +4,54 @@ From the end of a run to its cause and its remedy: gathers what the pure `diagno
 Evidence leaves the host only redacted; it is kept beside the incident, which names it.
 """
 
+import platform
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from recovery import __version__
 from recovery.core import remedies
 from recovery.core.causes import Cause
 from recovery.core.diagnosis import Diagnosis, Evidence, GpuReading, diagnose, has_cuda_oom
 from recovery.core.failing import ExitSeen, Remedy
-from recovery.core.fleet import Fleet, ModelSpec
+from recovery.core.fleet import Fleet, ModelSpec, Placement
 from recovery.core.fleet_plan import plan, spare_ports, uses
 from recovery.core.host import ExitRecord, HostView
 from recovery.core.instance import Desired, Instance
-from recovery.core.launch import launch
+from recovery.core.launch import PORT, has_flag, launch
 from recovery.core.redaction import RedactionConfig, redact_lines, redact_text, secret_values
-from recovery.core.states import PROBED
+from recovery.core.states import ENDING
 from recovery.errors import ConfigError
 from recovery.ports import Gpu, Host, Kernel
 
 DIAGNOSED_BYTES = 262_144
 """What is read of a log at an exit, its head and its tail: the line that tells is near one of them."""
 EVIDENCE_LINES = 200
+EVIDENCE_LINE_CHARACTERS = 300
+EVIDENCE_PROCESSES = 50
+PORTS_OFFERED = 10
 DISK_FULL_BYTES = 1 << 20
 _PID = re.compile(r"^\(\w+ pid=(\d+)\)")
+_VLLM = re.compile(r"(?:vLLM API server version|V1 LLM engine \(v)\s*([0-9][\w.+-]*)")
 
 
 class Repairs:
     """One host's diagnoses and remedies. Holds no state."""
 
-    def __init__(self, host: Host, gpu: Gpu, kernel: Kernel, operator_env: Mapping[str, str], home: Path) -> None:
-        self._host, self._gpu, self._kernel, self._env, self._home = host, gpu, kernel, operator_env, home
+    def __init__(
+        self,
+        host: Host,
+        gpu: Gpu,
+        kernel: Kernel,
+        operator_env: Mapping[str, str],
+        home: Path,
+        rows: Callable[[], Sequence[Instance]] = lambda: (),
+    ) -> None:
+        self._host, self._gpu, self._kernel, self._env, self._home, self._rows = host, gpu, kernel, operator_env, home, rows
 
     def cards(self) -> tuple[GpuReading, ...]:
         """This host's cards as they are now."""
@@ -47,16 +62,18 @@ class Repairs:
         if view.rebooted():
             return ExitSeen(token=record.token, at=at, unknown=True, rebooted=True, cause="host_reboot")
         log = tuple(self._host.read_log(row.id, record.token, DIAGNOSED_BYTES).splitlines())
+        holder = self._host.port_holder(row.placement.port) if row.placement.port else None
         evidence = Evidence(
             exit_code=record.code,
             signal=record.signal,
             log=log,
             was_ready=row.ready_at is not None and row.run == record.token,
-            stopping=row.desired is Desired.STOPPED or row.state not in PROBED,
-            gpus=self._gpu.readings(),
+            stopping=row.desired is Desired.STOPPED or row.state in ENDING,
+            gpus=tuple(card for card in self._gpu.readings() if not row.placement.gpus or card.index in row.placement.gpus),
             xids=self._gpu.xids(row.placement.gpus, view.run.at if view.run is not None else record.at),
             kernel_oom=self._oom_killed(record, view, log),
             disk_full=self._full(),
+            port_busy=None if holder is None or holder.ours else f"{holder.name} (pid {holder.pid})",
         )
         found = diagnose(evidence)
         hide = self.hidden(fleet, fleet.models.get(row.model))
@@ -110,7 +127,6 @@ class Repairs:
         """What the ladder is asked about: the failure, what was tried, what there is to try."""
         assert found.cause is not None
         made = launch(spec, row.placement, row.overrides, self._env)
-        movable = uses(spec, "port")
         holder = self._host.port_holder(made.port) if made.port else None
         return remedies.Situation(
             cause=found.cause,
@@ -130,8 +146,8 @@ class Repairs:
             gpus=row.placement.gpus,
             spare_gpus=self._spare_gpus(row, fleet, spec),
             port=made.port,
-            spare_ports=self._spare_ports(fleet, row) if movable else (),
-            strays=len(view.strays),
+            spare_ports=self.spare_ports(row, fleet, spec) if found.cause is Cause.PORT_IN_USE else (),
+            strays=self._left_overs(row, view),
             port_holder=None if holder is None else "ours" if holder.ours else "stranger",
             remedies=row.policy.remedies,
             at=datetime.fromtimestamp(row.entered_at, UTC),
@@ -141,18 +157,29 @@ class Repairs:
         """What a post-mortem wants and a restart destroys: log tail, processes, GPU, arguments; redacted."""
         spec = fleet.models.get(row.model)
         hide = self.hidden(fleet, spec)
-        tail = self._host.read_log(row.id, token, DIAGNOSED_BYTES).splitlines()[-EVIDENCE_LINES:]
+        log = self._host.read_log(row.id, token, DIAGNOSED_BYTES).splitlines()
         made = launch(spec, row.placement, row.overrides, self._env) if spec is not None else None
         holder = self._host.port_holder(row.placement.port) if row.placement.port else None
+        cards = self._gpu.readings()
+        ended = view.gone is not None and view.gone.token == token
         return {
-            "log": redact_lines(tail, hide),
             "run": token,
-            "processes": [stray.model_dump() for stray in view.strays],
+            "log": [line[:EVIDENCE_LINE_CHARACTERS] for line in redact_lines(log[-EVIDENCE_LINES:], hide)],
+            "processes": [each.model_dump() for each in (*view.members, *view.strays)[:EVIDENCE_PROCESSES]],
+            "ended_by_keeper": view.gone.killed if ended and view.gone is not None else None,
             "port": {"port": row.placement.port, "held_by": holder.model_dump() if holder is not None else None},
-            "gpu": [reading.model_dump() for reading in self._gpu.readings()],
+            "gpu": [card.model_dump() for card in cards],
+            "xids": list(self._gpu.xids(row.placement.gpus, view.run.at)) if view.run is not None else [],
             "arguments": redact_lines([" ".join(made.argv)], hide) if made is not None else [],
-            "probe": row.probe.model_dump(),
-            "overrides": [override.model_dump(mode="json") for override in row.overrides],
+            "overrides": redact_lines([f"{each.flag} {each.value or ''}".strip() for each in row.overrides], hide),
+            "probe": {**row.probe.model_dump(), "message": redact_text(row.probe.message or "", hide)},
+            "versions": {
+                "vllm": next((found[1] for line in log if (found := _VLLM.search(line))), None),
+                "recovery": __version__,
+                "python": platform.python_version(),
+                "kernel": platform.release(),
+                "driver": next((card.driver for card in cards if card.driver), None),
+            },
         }
 
     def hidden(self, fleet: Fleet, spec: ModelSpec | None) -> RedactionConfig:
@@ -168,20 +195,32 @@ class Repairs:
         others = {int(found[1]) for line in log if (found := _PID.match(line))}
         return self._kernel.oom_killed(view.run.server_pid, view.run.at, others)
 
-    def _spare_ports(self, fleet: Fleet, row: Instance) -> tuple[int, ...]:
-        return tuple(port for port in spare_ports(fleet, row.model, row.placement.host) if self._host.port_holder(port) is None)[:10]
+    def spare_ports(self, row: Instance, fleet: Fleet, spec: ModelSpec) -> tuple[int, ...]:
+        """Ports of the model's range that nobody has, now or by the plan; none where nothing tells the server its port."""
+        if not (uses(spec, "port") or has_flag(spec.args, PORT)):
+            return ()
+        taken = {other.port for other in self._others(row)}  # a server that loads does not listen yet
+        free = (port for port in spare_ports(fleet, row.model, row.placement.host) if port not in taken)
+        return tuple(islice((port for port in free if self._host.port_holder(port) is None), PORTS_OFFERED))
 
     def _spare_gpus(self, row: Instance, fleet: Fleet, spec: ModelSpec) -> tuple[int, ...]:
-        """Cards of the model's pool (else of the host) that the plan gives to nobody and that no failure speaks against."""
-        pool: Sequence[int] = spec.gpus or tuple(reading.index for reading in self._gpu.readings())
-        taken = {
-            gpu
-            for planned in plan(fleet)
-            if planned.placement.host == row.placement.host and planned.id != row.id
-            for gpu in planned.placement.gpus
-        }
-        lost = {reading.index for reading in self._gpu.readings() if reading.lost}
+        """Cards of the model's pool (else of the host) that belong to nobody, by the plan or by a remedy, and are not lost."""
+        cards = self._gpu.readings()
+        pool: Sequence[int] = spec.gpus or tuple(card.index for card in cards)
+        planned = (each.placement for each in plan(fleet) if each.placement.host == row.placement.host and each.id != row.id)
+        taken = {gpu for place in (*planned, *self._others(row)) for gpu in place.gpus}
+        lost = {card.index for card in cards if card.lost} | {gpu for gpu in pool if row.sees.get(f"{Cause.GPU_LOST}@{gpu}")}
         return tuple(gpu for gpu in pool if gpu not in taken | lost)
+
+    def _others(self, row: Instance) -> tuple[Placement, ...]:
+        """Where the other instances of this host are now: a remedy may have moved them."""
+        host = row.placement.host
+        return tuple(other.placement for other in self._rows() if other.id != row.id and other.placement.host == host)
+
+    def _left_overs(self, row: Instance, view: HostView) -> int:
+        """Processes of any instance's runs that are over: ours, and of no use."""
+        others = (self._host.look(other).strays for other in self._host.instances() if other != row.id)
+        return len(view.strays) + sum(len(strays) for strays in others)
 
     def _full(self) -> str | None:
         try:

@@ -69,7 +69,7 @@ def host_service(wiring: Wiring, sender: Sender, on_run: Callable[[str], None]) 
         fleet=FleetFile(settings),
         clocks=Clocks(wall=time.time, chance=random.random),
         operator_env=dict(os.environ),
-        repairs=Repairs(host, Nvml(kernel=kernel), kernel, dict(os.environ), settings.home),
+        repairs=Repairs(host, Nvml(kernel=kernel), kernel, dict(os.environ), settings.home, wiring.store.load_all),
         on_run=on_run,
     )
 

@@ -122,6 +122,7 @@ class Nvml:
             total_bytes=memory.total,
             utilization=None if rates is None else rates.gpu / 100,
             processes=tuple(GpuProcess(pid=each.pid, used_bytes=_bytes(each.usedGpuMemory)) for each in running),
+            driver=_text(self._ask(nvml.nvmlSystemGetDriverVersion)) or "",
         )
 
     def _watch(self) -> None:

@@ -59,6 +59,7 @@ class Processes:
         table = self._table.scan()
         keeper_alive = run is not None and self._lives(table, run, run.keeper_pid, run.keeper_start)
         server_alive = run is not None and self._lives(table, run, run.server_pid, run.server_start)
+        live = run.token if run is not None and (keeper_alive or server_alive) else None
         return HostView(
             record=record,
             run=run,
@@ -69,6 +70,7 @@ class Processes:
             locked=self.disk.run_locked(instance),
             strays=tuple(_stray(proc) for proc in self._strays(instance, table, run)),
             boot_id=self._boot_id,
+            members=() if live is None else tuple(_stray(proc) for proc in self._members(instance, table, run, only=live)),
         )
 
     # --- starting ---

@@ -154,8 +154,11 @@ def _restart(row: Instance, command: Command, now: float) -> Decision | Refused:
 
 
 def _reset(row: Instance, now: float) -> Decision:
-    cleared = row.evolve(used=0, attempt=0, manual=0, sees={}, forgiven=now, overrides=(), degraded_since=None)
+    # Without `planned` the next start takes the fleet file's port and cards again, not those of a remedy.
+    cleared = row.evolve(used=0, attempt=0, manual=0, sees={}, forgiven=now, overrides=(), degraded_since=None, planned=None)
     why = "budget, backoff and overrides cleared by the operator"
+    if row.run is not None and (row.overrides or row.planned not in (None, row.placement)):
+        why = f"{why}; the running server keeps its changed flags until it is restarted"
     if row.state is State.FAILED and row.desired is Desired.RUNNING:
         decision = _to_running(cleared, Event.RESET, now, why)
         return decision.evolve(events=(event("reset", f"{row.id}: {why}; starting again", decision.after),))

@@ -32,9 +32,9 @@ HELP: Mapping[str, str] = {
     INCIDENTS: "Incidents closed, by cause and outcome",
     COMMANDS: "Operator commands, by what was asked, who sent it and whether it was accepted",
     OOMS: "Runs that ended out of memory, on the GPU or on the host",
-    TIME_TO_DETECT: "Seconds from a failure to the commit that saw it",
+    TIME_TO_DETECT: "Seconds from a failure to the commit that saw it, by cause",
     TIME_TO_READY: "Seconds from the start of a server process to its first real answer",
-    TIME_TO_RECOVER: "Seconds from a failure to the first real answer of the run that replaced it",
+    TIME_TO_RECOVER: "Seconds from a failure to the first real answer of the run that replaced it and lasted, by the incident's cause",
 }
 """Every counter and what it says; the scrape prints these and nothing else."""
 
@@ -46,6 +46,8 @@ BUCKETS_S: Mapping[str, tuple[float, ...]] = {
     TIME_TO_RECOVER: (1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1200, 2400),
 }
 """Upper bounds of the histograms' buckets, in seconds; the last bucket, "+Inf", is implied."""
+BY_CAUSE = frozenset({TIME_TO_DETECT, TIME_TO_RECOVER})
+"""Histograms with a label `cause` beside `model`."""
 
 INF = "+Inf"
 
@@ -75,48 +77,50 @@ def commanded(model: str, command: str, by: str, status: str) -> tuple[Count, ..
     return (_count(COMMANDS, model=model, command=command, by=by, status=status),)
 
 
-def detected(model: str, seconds: float) -> tuple[Count, ...]:
+def detected(model: str, cause: str, seconds: float) -> tuple[Count, ...]:
     """One failure seen `seconds` after it happened (0 when the clocks say less)."""
-    return _observe(TIME_TO_DETECT, model, seconds)
+    return _observe(TIME_TO_DETECT, seconds, model=model, cause=cause)
 
 
 def ready(model: str, seconds: float) -> tuple[Count, ...]:
     """One run that answered for the first time `seconds` after its process started."""
-    return _observe(TIME_TO_READY, model, seconds)
+    return _observe(TIME_TO_READY, seconds, model=model)
 
 
-def recovered(model: str, seconds: float) -> tuple[Count, ...]:
-    """One outage over: a new run answered `seconds` after the old one failed."""
-    return _observe(TIME_TO_RECOVER, model, seconds)
+def recovered(model: str, cause: str, seconds: float) -> tuple[Count, ...]:
+    """One outage over: the run that lasted answered `seconds` after the first one failed."""
+    return _observe(TIME_TO_RECOVER, seconds, model=model, cause=cause)
 
 
 class Histogram(NamedTuple):
-    """One histogram of one model as Prometheus wants it."""
+    """One histogram of one model (and one cause, where the name has that label) as Prometheus wants it."""
 
     model: str
+    cause: str
     buckets: tuple[tuple[str, float], ...]
     """(upper bound, observations at or below it), rising; the last bound is "+Inf"."""
     total_s: float
 
 
 def histogram(counters: Counters, name: str) -> tuple[Histogram, ...]:
-    """Return the histogram `name` of each model that has observations, made cumulative, sorted by model."""
+    """Return the histogram `name` of each set of labels that has observations, made cumulative, sorted."""
     bounds = (*(_bound(b) for b in BUCKETS_S[name]), INF)
-    models = sorted({dict(labels)["model"] for (kept, labels) in counters if kept == f"{name}_bucket"})
+    series = sorted({tuple(label for label in labels if label[0] != "le") for (kept, labels) in counters if kept == f"{name}_bucket"})
     found = []
-    for model in models:
+    for own in series:
         rising, buckets = 0.0, []
         for bound in bounds:
-            rising += counters.get((f"{name}_bucket", (("le", bound), ("model", model))), 0.0)
+            rising += counters.get((f"{name}_bucket", tuple(sorted((*own, ("le", bound))))), 0.0)
             buckets.append((bound, rising))
-        found.append(Histogram(model, tuple(buckets), counters.get((f"{name}_sum", (("model", model),)), 0.0)))
+        named = dict(own)
+        found.append(Histogram(named["model"], named.get("cause", ""), tuple(buckets), counters.get((f"{name}_sum", own), 0.0)))
     return tuple(found)
 
 
-def _observe(name: str, model: str, seconds: float) -> tuple[Count, ...]:
+def _observe(name: str, seconds: float, **labels: str) -> tuple[Count, ...]:
     seconds = max(0.0, seconds)
     bound = next((_bound(b) for b in BUCKETS_S[name] if seconds <= b), INF)
-    return (_count(f"{name}_bucket", model=model, le=bound), _count(f"{name}_sum", by_s=seconds, model=model))
+    return (_count(f"{name}_bucket", 1.0, **labels, le=bound), _count(f"{name}_sum", seconds, **labels))
 
 
 def _bound(bound: float) -> str:

@@ -89,6 +89,7 @@ class GpuReading(Frozen):
     processes: tuple[GpuProcess, ...] = ()
     lost: bool = Field(False, description="the driver no longer reaches it")
     problem: str = ""
+    driver: str = Field("", description="version of the driver")
 
 
 class Evidence(Frozen):

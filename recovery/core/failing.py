@@ -13,7 +13,7 @@ from recovery.core.change import Count
 from recovery.core.decision import Decision, Failure, due_at, event, move, new_token
 from recovery.core.fleet import Placement
 from recovery.core.instance import Desired, Instance, Intent, LastExit, LastFailure, ProbeMemory, Value
-from recovery.core.launch import Override
+from recovery.core.launch import PORT, Override
 from recovery.core.states import Event, State
 
 GPU_OOMS = frozenset({"cuda_oom_load", "cuda_oom_serving"})
@@ -110,7 +110,9 @@ def liveness_lost(row: Instance, *, cause: str, text: str, evidence: str, remedy
     """End a run that lives but does not serve; the budget for its successor is counted here, once."""
     verb = Event.START_TIMED_OUT if row.state is State.STARTING else Event.LIVENESS_LOST
     token = row.run or row.token
-    outcome = _weigh(row, _Failed(now=now, at=now, kind=cause, text=text, evidence=evidence, remedy=remedy, token=token), u)
+    since = row.probe.failing_since if row.state is not State.STARTING else None
+    failed = _Failed(now=now, at=now, since=since, kind=cause, text=text, evidence=evidence, remedy=remedy, token=token)
+    outcome = _weigh(row, failed, u)
     ends = {"restart_at": outcome.start_at} if outcome.why_not is None else {"gives_up": True}
     oom = row.has_cuda_oom or cause in GPU_OOMS
     after = move(
@@ -181,13 +183,19 @@ class _Failed(Value):
     evidence: str
     remedy: Remedy
     token: int
+    since: float | None = Field(None, description="the first sign of it, where that is earlier than the loss of liveness")
 
     @property
     def failure(self) -> Failure | None:
         """What an incident is opened for; an orderly end is none."""
         if self.kind == "finished":
             return None
-        return Failure(cause=self.kind, at=self.at, evidence=self.evidence, token=self.token)
+        return Failure(cause=self.kind, at=self.seen_from, evidence=self.evidence, token=self.token)
+
+    @property
+    def seen_from(self) -> float:
+        """From when the time to detect counts."""
+        return self.at if self.since is None else min(self.since, self.at)
 
 
 class _Outcome(Value):
@@ -209,9 +217,7 @@ class _Outcome(Value):
             after=after,
             reason=after.reason,
             step=None if self.why_not else failed.remedy.kind,
-            failure=None
-            if failed.kind == "finished"
-            else Failure(cause=failed.kind, at=failed.at, evidence=failed.evidence, token=failed.token),
+            failure=failed.failure,
             counts=self.counts,
             events=(event("failed" if self.why_not else "restarting", f"{after.id}: {said}", after, **facts),),
         )
@@ -230,7 +236,7 @@ def _again_or_never(row: Instance, verb: Event, failed: _Failed, u: float) -> De
 def _weigh(row: Instance, failed: _Failed, u: float) -> _Outcome:
     """Take one restart from the budget and set its time, or say why not. The one place that counts."""
     model, host, kind, now = row.model, row.placement.host, failed.kind, failed.now
-    counts = counting.failed(model, host, kind) + counting.detected(model, now - failed.at)
+    counts = counting.failed(model, host, kind) + counting.detected(model, kind, now - failed.seen_from)
     if kind in GPU_OOMS or kind == "host_oom":
         counts += counting.out_of_memory(model, host, "host" if kind == "host_oom" else "gpu")
     keys = (kind, *(f"{kind}@{gpu}" for gpu in row.placement.gpus))
@@ -253,7 +259,9 @@ def _weigh(row: Instance, failed: _Failed, u: float) -> _Outcome:
     if failed.remedy.placement is not None:
         changes["placement"] = failed.remedy.placement
     if failed.remedy.overrides:
-        changes |= {"overrides": failed.remedy.overrides, "degraded_since": row.degraded_since or now}
+        changes["overrides"] = failed.remedy.overrides
+        if any(step.flag != PORT for step in failed.remedy.overrides):  # another port serves as well as the first
+            changes["degraded_since"] = row.degraded_since or now
     counts += counting.restarted(model, host, kind)
     return _Outcome(failed=failed, why_not=None, start_at=start_at, changes=changes, counts=counts)
 

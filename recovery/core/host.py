@@ -112,6 +112,7 @@ class HostView(_Value):
     locked: bool
     strays: tuple[Stray, ...]
     boot_id: str
+    members: tuple[Stray, ...] = ()  # the living processes of the live run, without its keeper
 
     def rebooted(self) -> bool:
         """Whether the host has been booted since the recorded run was started, which ended it."""

@@ -112,11 +112,11 @@ def _answered(row: Instance, look: Look, now: float) -> Decision:
                 validate_until=now + policy.validate_s, look_at=min(_next_good_look(row, now), now + max(policy.validate_s, 0.5))
             )
         counts = counting.ready(row.model, load_s)
-        if row.last_exit is not None and row.incident is not None:
-            counts += counting.recovered(row.model, now - row.last_exit.at)
         said = event("healthy", f"{row.id} serves after {load_s:.1f} s", after, token=row.run, load_s=round(load_s, 3))
         return Decision(after=after, reason="it answered", events=(said,), counts=counts)
     if row.state is State.UNHEALTHY:
+        if row.validate_until is not None:  # it has to keep serving: the time starts anew
+            row = row.evolve(validate_until=now + policy.validate_s)
         after = move(row, Event.READINESS_REGAINED, now=now, reason="serving", look_at=_next_good_look(row, now))
         return Decision(after=after, reason="it answers again", events=(event("healthy", f"{row.id} answers again", after),))
     row = row.evolve(look_at=_next_good_look(row, now))
@@ -133,10 +133,11 @@ def _next_good_look(row: Instance, now: float) -> float:
 def _forgiven(row: Instance, now: float) -> Decision | None:
     """Serving long enough clears budget and backoff: max(`stable_s`, twice the last load)."""
     stable_s = max(row.policy.stable_s, 2.0 * (row.load_s or 0.0))
-    clean = row.used == row.attempt == row.manual == 0 and not row.sees
+    lost = {key: count for key, count in row.sees.items() if key.startswith("gpu_lost@")}  # a card does not heal by itself
+    clean = row.used == row.attempt == row.manual == 0 and row.sees == lost
     if clean or row.ready_at is None or now - row.ready_at < stable_s:
         return None
-    after = row.evolve(used=0, attempt=0, manual=0, sees={}, forgiven=now)
+    after = row.evolve(used=0, attempt=0, manual=0, sees=lost, forgiven=now)
     said = event("forgiven", f"{row.id} served for {now - row.ready_at:.0f} s: earlier restarts are forgiven", after)
     return Decision(after=after, reason="stable", events=(said,), actions=(Action.FORGIVE,))
 

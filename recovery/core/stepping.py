@@ -5,6 +5,7 @@ A stop is: out of routing, SIGTERM, SIGTERM again (vLLM can lose one during its 
 everything of the run, then *look* until nothing is left.
 """
 
+from datetime import UTC, datetime
 from typing import Literal
 
 from recovery.core.decision import Action, Decision, due_at, event, move
@@ -12,6 +13,7 @@ from recovery.core.failing import recycled, stopped, unkillable
 from recovery.core.fleet import Placement
 from recovery.core.host import HostView, Stray
 from recovery.core.instance import Desired, Instance, Intent, ProbeMemory, Value
+from recovery.core.launch import PORT, Override
 from recovery.core.states import PROBED, Event, State
 
 TERM_AGAIN_S = 3.0
@@ -127,12 +129,16 @@ def on_spawned(row: Instance, token: int, now: float, *, adopted: bool = False) 
     return Decision(after=after, reason="started", events=(said,))
 
 
-def moved(row: Instance, token: int, placement: Placement, why: str, now: float) -> Decision | None:
+def moved(row: Instance, token: int, port: int, planned: Placement, why: str, now: float) -> Decision | None:
     """The start goes on at another port at once; everything that knows the port follows the row."""
     if token != row.token or row.state is not State.RESTARTING:
         return None
-    after = row.evolve(placement=placement, lease_until=0.0, reason=why, **due_at(now))
-    return Decision(after=after, reason=why, events=(event("moved", f"{row.id}: {why}", after, port=placement.port),))
+    step = Override(flag=PORT, value=str(port), cause="port_in_use", since=datetime.fromtimestamp(now, UTC))
+    overrides = (*(each for each in row.overrides if each.flag != PORT), step)
+    placement = (row.placement if row.planned == planned else planned).model_copy(update={"port": port})
+    after = row.evolve(placement=placement, planned=planned, overrides=overrides, lease_until=0.0, reason=why, **due_at(now))
+    said = event("moved", f"{row.id}: {why}", after, port=port, cause="port_in_use")
+    return Decision(after=after, reason=why, events=(said,), step="other_port")
 
 
 def not_yet(row: Instance, why: str, now: float, wait_s: float = LOOK_AGAIN_S) -> Decision:

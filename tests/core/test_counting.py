@@ -23,11 +23,11 @@ def test_one_series_has_one_key():
 
 
 def test_a_histogram_is_cumulative_and_keeps_its_sum():
-    held = kept(counting.detected("m", 0.01) + counting.detected("m", 0.2) + counting.detected("m", 4000.0))
+    held = kept(counting.detected("m", "oom", 0.01) + counting.detected("m", "oom", 0.2) + counting.detected("m", "oom", 4000.0))
 
     (histogram,) = counting.histogram(held, counting.TIME_TO_DETECT)
 
-    assert histogram.model == "m"
+    assert (histogram.model, histogram.cause) == ("m", "oom")
     assert histogram.total_s == pytest.approx(4000.21)
     buckets = dict(histogram.buckets)
     assert [buckets["0.01"], buckets["0.1"], buckets["0.25"], buckets["300.0"], buckets["+Inf"]] == [1, 1, 2, 2, 3]
@@ -47,9 +47,9 @@ def test_every_counter_has_a_help_text_and_every_histogram_its_buckets():
         + counting.incident_closed("m", "c", "recovered")
         + counting.commanded("m", "stop", "api", "ok")
         + counting.out_of_memory("m", "h", "gpu")
-        + counting.detected("m", 1)
+        + counting.detected("m", "oom", 1)
         + counting.ready("m", 1)
-        + counting.recovered("m", 1)
+        + counting.recovered("m", "oom", 1)
     )
 
     bases = {c.name.removesuffix("_bucket").removesuffix("_sum") for c in made}
