@@ -7,6 +7,7 @@ Public tasks take a model id and nothing executable; whoever can write to Redis 
 import functools
 import logging
 from collections.abc import Callable
+from threading import Event
 from typing import Any
 
 from celery import Task
@@ -21,6 +22,8 @@ from workers.sending import CelerySender
 
 log = logging.getLogger(__name__)
 
+LOCK_TRIES, LOCK_PAUSE_S = 500, 0.002
+"""A start waits a second for another step of its instance; after that the tick delivers it again."""
 STALE_LOOK_S = 10.0
 """A probe message older than this by Redis' clock is dropped: its rows have been delivered again meanwhile."""
 
@@ -127,10 +130,21 @@ def _on_host(work: Callable[[watcher.HostWorker], dict[str, Any]]) -> dict[str, 
         return {"outcome": "error", "reason": str(error)}
 
 
+def _start(worker: watcher.HostWorker, instance: str, token: int) -> dict[str, Any]:
+    """Start a run; whoever holds the instance's `step.lock` (the hand that sent this message, say) lets go in milliseconds."""
+    patience = Event()
+    for _ in range(LOCK_TRIES):
+        started = worker.service.start(instance, token)
+        if started.outcome != "locked":
+            break
+        patience.wait(LOCK_PAUSE_S)
+    return started.model_dump(mode="json")
+
+
 @app.task(name="recovery.restart_instance", bind=True, max_retries=None)
 def restart_instance(self: Task, instance: str, token: int, attempt: int, delay: float, reason: str) -> dict[str, Any]:
     """The delayed restart of one instance; a start that fails is tried again by this very job."""
-    answer = _on_host(lambda worker: worker.service.start(instance, token).model_dump(mode="json"))
+    answer = _on_host(lambda worker: _start(worker, instance, token))
     if answer["outcome"] == "retry":
         kwargs = {"instance": instance, "token": answer["token"], "attempt": answer["attempt"], "delay": answer["delay_s"]}
         raise self.retry(
