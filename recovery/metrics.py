@@ -167,14 +167,14 @@ def _traffic(loads: Mapping[str, Load]) -> Iterator[Metric]:
     yield _gauge(
         "recovery_model_ttft_seconds",
         "Time to first token of the last minute or two",
-        ["model", "quantile"],
-        ([m, share, value] for m, load in each for share, value in load.ttft_s.items()),
+        ["model", "percentile"],
+        ([m, _percentile(share), value] for m, load in each for share, value in load.ttft_s.items()),
     )
     yield _gauge(
         "recovery_model_e2e_seconds",
         "Duration of whole requests of the last minute or two",
-        ["model", "quantile"],
-        ([m, share, value] for m, load in each for share, value in load.e2e_s.items()),
+        ["model", "percentile"],
+        ([m, _percentile(share), value] for m, load in each for share, value in load.e2e_s.items()),
     )
     yield _gauge(
         "recovery_model_finished_requests",
@@ -188,6 +188,11 @@ def _traffic(loads: Mapping[str, Load]) -> Iterator[Metric]:
         ["model"],
         ([m, load.error_rate] for m, load in each if load.error_rate is not None),
     )
+
+
+def _percentile(share: str) -> str:
+    """`p95` for "0.95": Prometheus keeps the label `quantile` for its own summaries."""
+    return f"p{float(share) * 100:g}"
 
 
 def _hosts(beats: Mapping[str, Mapping[str, Any]], now: float) -> Iterator[Metric]:

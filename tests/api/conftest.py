@@ -100,7 +100,7 @@ class Fleet:
         while not self._stop.is_set():
             try:
                 for host, facts in list(self.hosts.items()):
-                    self.store.beat(host, {"wall": self.store.now(), "gpus": [], **facts}, 10.0)
+                    self.store.beat(host, {"wall": self.store.now(), "gpus": [], **facts}, 3.0)
                 self.store.put("tick", self.store.now(), 600.0)
             except StoreUnavailableError:
                 pass  # a test stopped it
