@@ -12,41 +12,51 @@ from tests.cli.installation import PARTS, PATIENCE_S, Installation, installation
 from tests.helpers import wait_until
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one() -> Iterator[Installation]:
+    """A home that each test finds and leaves without anything that runs on it."""
     with installation("a", "b") as made:
         yield made
 
 
 def test_kill_9_of_up_and_the_next_one_takes_over(one: Installation) -> None:
     """
-    Parts and models outlive it; the next ends the old parts, keeps the one Redis, adopts the models, and loses no command.
+    Parts and models outlive it; the next ends the old parts, keeps the one Redis and adopts the models. Ctrl-C with
+    --leave-models ends the parts only; `down` then ends the models with neither worker nor Redis there to do it.
     """
     one.up()
-    parts, redis, servers = one.part_pids(), one.redis_pid(), one.servers()
-    assert set(parts) >= PARTS and redis and all(servers.values())
+    parts, redis = one.part_pids(), one.redis_pid()
+    servers = {name: one.serves(name) for name in one.models}
+    assert set(parts) >= PARTS and redis
 
     one.signal(signal.SIGKILL)
     assert one.part_pids() == parts and one.servers() == servers
 
-    one.up()
-    assert one.redis_pid() == redis
-    assert one.servers() == servers
+    one.up("--leave-models")
+    assert (one.redis_pid(), one.servers()) == (redis, servers)
     wait_until(lambda: set(one.part_pids()) >= PARTS, within_s=PATIENCE_S)
     kept = {name for name, pid in one.part_pids().items() if parts.get(name) == pid}
     assert not kept - {"door"}  # it hands over, and may still be finishing its work
-    os.kill(servers["a"] or 0, signal.SIGKILL)
-    one.serves("a", but=servers["a"])
+    os.kill(servers["a"], signal.SIGKILL)
+    servers["a"] = one.serves("a", but=servers["a"])
 
-    one.signal(signal.SIGKILL)
-    said = one.ok("down")
-    assert "ended" in said
+    assert one.signal(signal.SIGINT) == 0
+    wait_until(one.part_pids, {}, within_s=PATIENCE_S)
+    wait_until(one.redis_pid, None, within_s=PATIENCE_S)
+    assert one.servers() == servers
+
+    assert one.ok("down").strip() == "ended"
     one.nothing_left()
     assert one.run("down").stdout.startswith("nothing runs")
 
 
 def test_ctrl_c_ends_parts_and_models_and_the_next_up_starts_what_it_ended(one: Installation) -> None:
+    """
+    What an end has ended the next start starts again, but not what the operator has stopped. `down --keep-models` ends parts only.
+    """
     one.up()
+    one.serves("a")
+    one.serves("b")
     one.ok("stop", "b")
 
     assert one.signal(signal.SIGINT) == 0
@@ -54,43 +64,20 @@ def test_ctrl_c_ends_parts_and_models_and_the_next_up_starts_what_it_ended(one: 
     one.nothing_left()
 
     one.up()
-    one.serves("a")
-    assert (one.state("b"), one.server("b")) == ("stopped", None)  # the operator's word holds
-    one.ok("start", "b")
-
-    assert one.signal(signal.SIGTERM) == 0
-    one.nothing_left()
-
-
-def test_leave_models_then_down(one: Installation) -> None:
-    """
-    Ctrl-C with --leave-models ends the parts only. `down` then ends the models without a worker, a stubborn one too.
-    """
-    one.up("--leave-models")
-    servers = one.servers()
-    assert one.signal(signal.SIGINT) == 0
-    wait_until(one.part_pids, {}, within_s=PATIENCE_S)
-    wait_until(one.redis_pid, None, within_s=PATIENCE_S)
-    assert one.servers() == servers
-
-    os.kill(servers["a"] or 0, signal.SIGSTOP)  # takes no SIGTERM
-    one.ok("down")
-    one.nothing_left()
-
-    one.up()
-    one.serves("a")
-    one.serves("b")
-    assert "still serving: a-0, b-0" in one.ok("down", "--keep-models")
+    pid = one.serves("a")
+    assert (one.state("b"), one.server("b")) == ("stopped", None)
+    assert "still serving: a-0" in one.ok("down", "--keep-models")
     assert one.process is not None and one.process.wait(PATIENCE_S) == 0
     wait_until(one.part_pids, {}, within_s=PATIENCE_S)
-    assert all(one.servers().values())
+    assert one.server("a") == pid
+
     one.ok("down")
     one.nothing_left()
 
 
 def test_two_side_by_side_one_of_them_without_a_redis_on_path(tmp_path: Path) -> None:
     """
-    Each has its own Redis, parts and models; what happens to one is not seen by the other.
+    Each has its own Redis, parts and models. `down` of one after the kill -9 of its `up` leaves the other alone.
     """
     for name in os.get_exec_path():
         for tool in Path(name).glob("*") if Path(name).is_dir() else ():
@@ -100,13 +87,13 @@ def test_two_side_by_side_one_of_them_without_a_redis_on_path(tmp_path: Path) ->
     with installation("a") as first, installation("a", PATH=str(tmp_path)) as second:
         first.begin()
         second.up()
-        first_pid, second_pid = first.serves("a"), second.serves("a")
-        redis = second.redis_pid()
+        first.serves("a")
+        pid, redis = second.serves("a"), second.redis_pid()
         assert redis is not None and "falkordb" in str(Path(f"/proc/{redis}/exe").readlink())
 
-        os.kill(first_pid, signal.SIGKILL)
-        first.serves("a", but=first_pid)
-        assert first.ok("down").startswith("ended")
+        first.signal(signal.SIGKILL)
+        assert first.ok("down").strip() == "ended"
 
-        assert (second.server("a"), second.redis_pid(), second.state("a")) == (second_pid, redis, "healthy")
         first.nothing_left()
+        assert (second.server("a"), second.redis_pid(), second.state("a")) == (pid, redis, "healthy")
+        assert set(second.part_pids()) >= PARTS
