@@ -8,6 +8,7 @@ missing. What cannot be read says nothing.
 import contextlib
 import os
 import re
+import threading
 import time
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -19,6 +20,8 @@ CGROUPS: Final = Path("/sys/fs/cgroup")
 READ_BYTES: Final = 8192
 """A record of /dev/kmsg is at most 1024 bytes of text; a read returns one."""
 SAMPLES: Final = 4096
+RECORDS: Final = 8192
+"""Kept of the log; more than a kernel keeps by default."""
 CLOCK_SLACK_S: Final = 2.0
 """The kernel's stamps stop while a machine sleeps and drift from the wall clock by a little."""
 
@@ -41,6 +44,10 @@ class KernelLog:
         self._kmsg = kmsg
         self._counters = tuple(_counters(cgroups, own))
         self._samples: deque[tuple[float, int]] = deque(maxlen=SAMPLES)
+        self._handle: int | None = None
+        self._rest = b""
+        self._read: deque[tuple[float, str]] = deque(maxlen=RECORDS)
+        self._lock = threading.Lock()
         self.sample()
 
     def sample(self) -> None:
@@ -70,9 +77,35 @@ class KernelLog:
         """The log since an instant; None when it cannot be read."""
         offset = time.time() - time.clock_gettime(time.CLOCK_MONOTONIC)
         try:
-            return tuple(Record(offset + seconds, text) for seconds, text in _read(self._kmsg) if offset + seconds >= since - CLOCK_SLACK_S)
+            with self._lock:
+                self._read.extend(self._news())
+                return tuple(Record(offset + seconds, text) for seconds, text in self._read if offset + seconds >= since - CLOCK_SLACK_S)
         except OSError:
             return None
+
+    def _news(self) -> Iterator[tuple[float, str]]:
+        """
+        What has come since the last time, as (seconds since boot, text): all of it costs 5 ms, and a failure waits for it.
+
+        Records look like `6,1234,5678901,-;text`, then indented detail.
+        """
+        if self._handle is None:
+            self._handle = os.open(self._kmsg, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        while True:
+            try:
+                chunk = os.read(self._handle, READ_BYTES)
+            except BlockingIOError:
+                return
+            except BrokenPipeError:  # a record was overwritten before it was read
+                continue
+            if not chunk:
+                return
+            *lines, self._rest = (self._rest + chunk).split(b"\n")
+            for line in lines:
+                head, _, text = line.decode(errors="replace").partition(";")
+                fields = head.split(",")
+                if len(fields) >= 3 and fields[2].isdecimal() and text:
+                    yield int(fields[2]) / 1e6, text
 
     def _count(self) -> int | None:
         counts = [count for path in self._counters if (count := _oom_kills(path)) is not None]
@@ -81,30 +114,6 @@ class KernelLog:
     def _rose(self, since: float) -> bool:
         before = [count for at, count in self._samples if at <= since] or [count for _, count in self._samples][:1]
         return bool(before) and self._samples[-1][1] > before[-1]
-
-
-def _read(path: Path) -> Iterator[tuple[float, str]]:
-    """Every record there is, as (seconds since boot, text). Records look like `6,1234,5678901,-;text`, then indented detail."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        rest = b""
-        while True:
-            try:
-                chunk = os.read(handle, READ_BYTES)
-            except BlockingIOError:
-                break
-            except BrokenPipeError:  # a record was overwritten before it was read
-                continue
-            if not chunk:
-                break
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                head, _, text = line.decode(errors="replace").partition(";")
-                fields = head.split(",")
-                if len(fields) >= 3 and fields[2].isdecimal() and text:
-                    yield int(fields[2]) / 1e6, text
-    finally:
-        os.close(handle)
 
 
 def _counters(cgroups: Path, own: Path) -> Iterator[Path]:
