@@ -80,7 +80,8 @@ def on_exit(row: Instance, seen: ExitSeen, now: float, u: float) -> Decision | N
         drain_since=None,
     )
     ended = event("exited", f"{row.id}: {seen.text}", row, token=seen.token, code=seen.code, signal=seen.signal, cause=seen.cause)
-    if row.state in (State.STOPPED, State.FAILED, State.COMPLETED):
+    superseded = row.state is State.RESTARTING and seen.token < row.token
+    if superseded or row.state in (State.STOPPED, State.FAILED, State.COMPLETED):  # ended because something else was decided meanwhile
         return Decision(after=row, reason=f"a run ended late: {seen.text}", events=(ended,))
     if row.state in (State.STOPPING, State.DRAINING):
         return stopped(row, now, ended_text=seen.text)
@@ -89,7 +90,7 @@ def on_exit(row: Instance, seen: ExitSeen, now: float, u: float) -> Decision | N
     if seen.rebooted:
         return _after_reboot(row, seen, now)
     if seen.clean and row.policy.restart_policy != "always":
-        after = move(row, Event.FINISHED, now=now, due=None, intent=None, reason=f"ended by itself in good order ({seen.text})")
+        after = move(row, Event.FINISHED, now=now, **GONE, due=None, reason=f"ended by itself in good order ({seen.text})")
         return Decision(after=after, reason=after.reason, events=(ended,))
     kind = "finished" if seen.clean else seen.cause
     failed = _Failed(now=now, at=seen.at, kind=kind, text=seen.text, evidence=seen.evidence, remedy=seen.remedy, token=seen.token)
@@ -161,10 +162,10 @@ def _after_reboot(row: Instance, seen: ExitSeen, now: float) -> Decision:
     """A reboot of the host uses no budget; policy `no` stays down after one."""
     if row.policy.restart_policy == "no":
         why = "the host was restarted; restart policy is 'no'"
-        after = move(row, Event.FINISHED, now=now, desired=Desired.STOPPED, due=None, intent=None, reason=why)
+        after = move(row, Event.FINISHED, now=now, **{**GONE, "desired": Desired.STOPPED, "due": None, "reason": why})
         return Decision(after=after, reason=why, events=(event("completed", f"{row.id}: {why}", after),))
-    changes = {"token": new_token(row, now), "last_restart_at": now, "restarts_total": row.restarts_total + 1, "lease_until": 0.0}
-    after = move(row, Event.EXITED, now=now, **{**changes, **due_at(now)}, reason="the host was restarted")
+    changes = {"token": new_token(row, now), "last_restart_at": now, "restarts_total": row.restarts_total + 1}
+    after = move(row, Event.EXITED, now=now, **{**GONE, **changes, **due_at(now)}, reason="the host was restarted")
     return Decision(
         after=after,
         reason=after.reason,

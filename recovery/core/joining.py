@@ -56,6 +56,10 @@ def new_row(
         alive = {"run": view.run.token, "token": max(record.token, view.run.token), "spawned_at": now, "state": state, "look_at": now}
         row = row.evolve(**alive, desired=record.desired, reason="found alive on its host", last_ended=record.last_ended)
         return row.evolve(look_at=None, **due_at(now)) if state is State.STOPPING else row
+    if record.desired == "running" and record.rest not in RESTS and view.run is not None and view.run.token > record.last_ended:
+        # It ended while nobody could say so. As a live row its end is accounted for like any other.
+        alive = {"run": view.run.token, "token": max(record.token, view.run.token), "last_ended": record.last_ended, "spawned_at": now}
+        return row.evolve(**alive, desired=Desired.RUNNING, state=State.STARTING, look_at=now, reason="its last run has ended unseen")
     if record.desired == "stopped":
         return row.evolve(desired=Desired.STOPPED, state=State.STOPPED, last_ended=record.token, reason="stopped, as its host remembers")
     if record.rest in RESTS:

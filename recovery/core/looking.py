@@ -117,6 +117,8 @@ def _answered(row: Instance, look: Look, now: float) -> Decision:
     if row.state is State.UNHEALTHY:
         if row.validate_until is not None:  # it has to keep serving: the time starts anew
             row = row.evolve(validate_until=now + policy.validate_s)
+        again = None if row.validate_until is None else now + row.policy.validate_s  # a repair is validated by serving without a break
+        row = row.evolve(validate_until=again)
         after = move(row, Event.READINESS_REGAINED, now=now, reason="serving", look_at=_next_good_look(row, now))
         return Decision(after=after, reason="it answers again", events=(event("healthy", f"{row.id} answers again", after),))
     row = row.evolve(look_at=_next_good_look(row, now))
@@ -135,10 +137,10 @@ def _forgiven(row: Instance, now: float) -> Decision | None:
     stable_s = max(row.policy.stable_s, 2.0 * (row.load_s or 0.0))
     lost = {key: count for key, count in row.sees.items() if key.startswith("gpu_lost@")}  # a card does not heal by itself
     clean = row.used == row.attempt == row.manual == 0 and row.sees == lost
-    if clean or row.ready_at is None or now - row.ready_at < stable_s:
+    if clean or now - row.entered_at < stable_s:
         return None
     after = row.evolve(used=0, attempt=0, manual=0, sees=lost, forgiven=now)
-    said = event("forgiven", f"{row.id} served for {now - row.ready_at:.0f} s: earlier restarts are forgiven", after)
+    said = event("forgiven", f"{row.id} served for {now - row.entered_at:.0f} s: earlier restarts are forgiven", after)
     return Decision(after=after, reason="stable", events=(said,), actions=(Action.FORGIVE,))
 
 

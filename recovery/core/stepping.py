@@ -14,7 +14,7 @@ from recovery.core.fleet import Placement
 from recovery.core.host import HostView, Stray
 from recovery.core.instance import Desired, Instance, Intent, ProbeMemory, Value
 from recovery.core.launch import PORT, Override
-from recovery.core.states import PROBED, Event, State
+from recovery.core.states import ENDING, PROBED, Event, State
 
 TERM_AGAIN_S = 3.0
 """Between two SIGTERMs: one sent while vLLM's engine starts is lost, two 3 s apart end it (VLLM-FACTS.md, section b)."""
@@ -38,7 +38,10 @@ def on_ending(row: Instance, view: HostView, in_flight: int | None, now: float) 
     if row.state in (State.STOPPING, State.RECYCLING):
         return _end(row, view, now) if _something_lives(view) else _gone(row, now)
     if row.state in PROBED and row.intent is Intent.CRASH:
-        return Decision(after=row.evolve(intent=None, due=None), reason="killed by the operator", actions=(Action.KILL,))
+        again = row.evolve(
+            **due_at(now + LOOK_AGAIN_S)
+        )  # the end that is seen takes the intent away; until then the kill may have been lost
+        return Decision(after=again, reason="killed by the operator", actions=(Action.KILL,))
     return None
 
 
@@ -108,7 +111,10 @@ def on_spawned(row: Instance, token: int, now: float, *, adopted: bool = False) 
     """A server of run `token` lives on the host; None when a newer decision exists and it must be ended again."""
     if token != row.token or row.desired is not Desired.RUNNING or row.state is not State.RESTARTING:
         return None
-    verb = Event.ADOPTED if adopted else Event.SPAWNED
+    return _began(row, Event.ADOPTED if adopted else Event.SPAWNED, token, now)
+
+
+def _began(row: Instance, verb: Event, token: int, now: float) -> Decision:
     after = move(
         row,
         verb,
@@ -125,7 +131,7 @@ def on_spawned(row: Instance, token: int, now: float, *, adopted: bool = False) 
         kill_at=None,
         reason="loading",
     )
-    said = event("spawned", f"{row.id}: {'taken over' if adopted else 'started'} (run {token})", after, token=token)
+    said = event("spawned", f"{row.id}: {'taken over' if verb is Event.ADOPTED else 'started'} (run {token})", after, token=token)
     return Decision(after=after, reason="started", events=(said,))
 
 
@@ -139,6 +145,27 @@ def moved(row: Instance, token: int, port: int, planned: Placement, why: str, no
     after = row.evolve(placement=placement, planned=planned, overrides=overrides, lease_until=0.0, reason=why, **due_at(now))
     said = event("moved", f"{row.id}: {why}", after, port=port, cause="port_in_use")
     return Decision(after=after, reason=why, events=(said,), step="other_port")
+
+
+def found(row: Instance, token: int, now: float) -> Decision | None:
+    """
+    A live server of a run that the row does not know of, though it wants one: Redis lost the commit that said so.
+
+    None when the row knows better: it waits for that run's end, or has seen it.
+    """
+    unknown = max(row.last_ended, row.run or 0) < token <= row.token
+    if not unknown or row.desired is not Desired.RUNNING or row.state in ENDING:
+        return None
+    superseded = {} if row.run is None else {"last_ended": row.run}
+    return _began(row.evolve(**superseded), Event.ADOPTED, token, now)
+
+
+def blocked(row: Instance, view: HostView, why: str, now: float) -> Decision:
+    """What is left of an older run is in the way of a start: it has been killed, and is looked at again until it is gone."""
+    if row.kill_at is not None and now - row.kill_at >= row.policy.kill_deadline_s:
+        left = ", ".join(_named(stray) for stray in view.strays) or why
+        return unkillable(row, f"cannot start {row.id}: {left}, {now - row.kill_at:.0f} s after SIGKILL; look at it by hand", now)
+    return not_yet(row.evolve(kill_at=row.kill_at if row.kill_at is not None else now), why, now)
 
 
 def not_yet(row: Instance, why: str, now: float, wait_s: float = LOOK_AGAIN_S) -> Decision:
