@@ -23,7 +23,7 @@ class AccessLog:
         """Add a request that has ended."""
         request, now = exchange.request, perf_counter()
         line = {
-            "at": round(time.time(), 3),
+            "at": time.time(),
             "id": request.request_id.decode("latin-1"),
             "client": exchange.client_key,
             "method": request.method.decode("latin-1"),
@@ -34,7 +34,7 @@ class AccessLog:
             "stream": exchange.stream,
             "attempts": exchange.attempts,
             "continued": exchange.continued,
-            "held_s": round(exchange.held_s, 3),
+            "held_s": round(exchange.held_s, 3) if exchange.held_s else 0,
             "first_s": round(exchange.first_at - request.began, 4) if exchange.first_at else None,
             "took_s": round(now - request.began, 4),
             "bytes_in": exchange.size,

@@ -19,6 +19,20 @@ DROPPED = HOP_BY_HOP | {b"host", b"content-length", b"authorization", b"accept-e
 """Fields of a request that are not passed on as they are. Compressed answers could not be read here."""
 
 
+PLAIN = b""
+_SPECIAL: dict[bytes, bytes] = {}
+"""Field names as clients write them: in lower case when the door has to look at them, `PLAIN` when they are passed on."""
+
+
+def _specially(name: bytes) -> bytes:
+    """Sort a field name in; remembered, for clients write the same few names again and again."""
+    lower = name.lower()
+    special = lower if lower in DROPPED or lower == b"content-type" else PLAIN
+    if len(_SPECIAL) < 1000:
+        _SPECIAL[name] = special
+    return special
+
+
 class Served(Protocol):
     """Whatever answers a request: an exchange or an upload."""
 
@@ -70,9 +84,9 @@ class Client(asyncio.Protocol):
     """One connection. Requests are answered one by one, in order; what is pipelined waits, within bounds."""
 
     __slots__ = (
-        "_ahead", "_closing", "_door", "_expects", "_head_began", "_head_bytes", "_head_fields", "_parser", "_pending_head", "_reading",
-        "_refusal", "_request", "_todo", "account", "active", "active_request", "dead", "key_name", "paused", "paused_at", "peer",
-        "raw_answer", "since", "transport",
+        "_ahead", "_closing", "_door", "_expects", "_head_began", "_head_bytes", "_head_fields", "_max_fields", "_max_head_bytes",
+        "_parser", "_pending_head", "_reading", "_refusal", "_request", "_todo", "account", "active", "active_request", "dead",
+        "key_name", "paused", "paused_at", "peer", "raw_answer", "since", "transport",
     )  # fmt: skip
 
     def __init__(self, door: "Door") -> None:
@@ -84,6 +98,7 @@ class Client(asyncio.Protocol):
         self._refusal: Refusal | None = None
         self._pending_head = b""
         self._head_bytes = self._head_fields = 0
+        self._max_head_bytes, self._max_fields = door.settings.max_header_bytes, door.settings.max_headers
         self._closing = self._expects = self.dead = self.paused = self.raw_answer = False
         self._reading = True
         self.active: Served | None = None
@@ -175,33 +190,39 @@ class Client(asyncio.Protocol):
         assert request is not None
         self._head_fields += 1
         self._head_bytes += len(name) + len(value) + 4
-        settings = self._door.settings
-        if self._head_bytes > settings.max_header_bytes or self._head_fields > settings.max_headers:
+        if self._head_bytes > self._max_head_bytes or self._head_fields > self._max_fields:
             self._reject(431, "request headers too large")
         if request.headed:  # a trailer: no use for any
             return
-        lower = name.lower()
-        if lower not in DROPPED:
-            if lower == b"content-type":
-                request.media = value
+        special = _SPECIAL.get(name)
+        if special is None:
+            special = _specially(name)
+        if special is PLAIN:
             request.lines.append(b"%b: %b\r\n" % (name, value))
-        elif lower == b"host":
+        else:
+            self._special_header(request, special, value)
+
+    def _special_header(self, request: Request, name: bytes, value: bytes) -> None:
+        if name == b"content-type":
+            request.media = value
+            request.lines.append(b"content-type: %b\r\n" % value)
+        elif name == b"host":
             request.host += 1
-        elif lower == b"content-length":
+        elif name == b"content-length":
             if not value.isdigit() or len(value) > 18 or request.length >= 0:
                 self._reject(400, "malformed Content-Length")
             request.length = int(value)
-        elif lower == b"transfer-encoding":
+        elif name == b"authorization":
+            request.authorization = value
+        elif name == b"x-request-id":
+            request.request_id = value[:128]
+        elif name == b"connection":
+            request.named += [token.strip() for token in value.lower().split(b",")]
+        elif name == b"transfer-encoding":
             if value.strip().lower() != b"chunked" or request.chunked:
                 self._reject(400, "only chunked transfer encoding is known")
             request.chunked = True
-        elif lower == b"authorization":
-            request.authorization = value
-        elif lower == b"x-request-id":
-            request.request_id = value[:128]
-        elif lower == b"connection":
-            request.named += [token.strip() for token in value.lower().split(b",")]
-        elif lower == b"expect":
+        elif name == b"expect":
             if value.lower() != b"100-continue":
                 self._reject(417, "unknown expectation")
             self._expects = True
@@ -235,12 +256,15 @@ class Client(asyncio.Protocol):
 
     def _split_target(self, request: Request) -> None:
         target = request.target
-        if not target.startswith(b"/") and target != b"*":
+        if target[:1] != b"/" and target != b"*":
             scheme, _, rest = target.partition(b"://")
             if scheme.lower() not in (b"http", b"https") or not rest:
                 self._reject(400, "malformed request target")
             target = b"/" + rest.partition(b"/")[2]
-        request.target = target = target.partition(b"#")[0]
+        if b"#" in target:
+            request.target = target = target.partition(b"#")[0]
+        else:
+            request.target = target
         request.path, _, request.query = target.partition(b"?")
 
     def on_body(self, data: bytes) -> None:

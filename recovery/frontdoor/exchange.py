@@ -418,7 +418,9 @@ class Exchange:
         if self.over:
             return
         self.over = True
-        self.stop_timer()
+        if self.timer is not None:
+            self.stop_timer()
+        self.relay = None  # it holds us
         door = self.door
         door.live.discard(self)
         if answered and (self.crashes or len(door.poison)):

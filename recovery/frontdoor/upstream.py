@@ -15,6 +15,9 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_IDLE = 512
 
 
+_SPECIAL = HOP_BY_HOP | {b"content-type", b"content-length", b"x-request-id"}
+
+
 class Upstream(asyncio.Protocol):
     """A connection to a replica: carries one request at a time, then waits in the replica's `idle` list."""
 
@@ -26,6 +29,7 @@ class Upstream(asyncio.Protocol):
     def __init__(self, endpoint: "Endpoint", loop: asyncio.AbstractEventLoop) -> None:
         self.endpoint, self._loop = endpoint, loop
         self.exchange: Exchange | None = None
+        self._parser = httptools.HttpResponseParser(self)  # one for all answers: it begins anew after each
         self.dead = self.reused = self.answered = self.writing_paused = False
         self.idle_since = 0.0
 
@@ -35,7 +39,6 @@ class Upstream(asyncio.Protocol):
     def carry(self, exchange: "Exchange") -> None:
         """Begin a request; its bytes follow by `write`."""
         self.exchange = exchange
-        self._parser = httptools.HttpResponseParser(self)
         self.answered = False
         self._fresh_head()
         self.endpoint.live.add(self)
@@ -72,17 +75,22 @@ class Upstream(asyncio.Protocol):
         if self._head_bytes > MAX_HEAD_BYTES:
             raise ValueError("answer's head too large")
         lower = name.lower()
-        if lower == b"content-length":
-            self.framed, self.length = True, int(value)
-        elif lower == b"transfer-encoding":
-            self.framed = True
-        elif lower == b"connection":
-            self.keep = b"close" not in value.lower()
-        elif lower not in HOP_BY_HOP and lower != b"x-request-id":
-            if lower == b"content-type":
-                self.media = value
-                self.event_stream = b"text/event-stream" in value
+        if lower in _SPECIAL:
+            self._special_header(lower, value)
+        else:
             self.lines.append(b"%b: %b\r\n" % (lower, value))
+
+    def _special_header(self, name: bytes, value: bytes) -> None:
+        if name == b"content-type":
+            self.media = value
+            self.event_stream = b"text/event-stream" in value
+            self.lines.append(b"content-type: %b\r\n" % value)
+        elif name == b"content-length":
+            self.framed, self.length = True, int(value)
+        elif name == b"transfer-encoding":
+            self.framed = True
+        elif name == b"connection":
+            self.keep = b"close" not in value.lower()
 
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
