@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from recovery.adapters.http_probe import HttpProber, Target
+from recovery.adapters.vllm_metrics import TrafficKeeper
 from recovery.core.instance import Instance
 from recovery.core.looking import Look
 from recovery.core.states import PROBED
@@ -24,6 +25,7 @@ class Looks:
     def __init__(self, service: HostService) -> None:
         self._service = service
         self._prober = HttpProber()
+        self._traffic = TrafficKeeper(service.store)
         self._busy: set[str] = set()
         self._commits = ThreadPoolExecutor(COMMIT_THREADS, thread_name_prefix="commit")
         self._loop = asyncio.new_event_loop()
@@ -51,7 +53,10 @@ class Looks:
             self._busy.discard(row.id)
 
     def _commit(self, instance_id: str, look: Look) -> None:
+        text = self._prober.metrics.pop(instance_id, None)
         try:
+            if text is not None:
+                self._traffic.take(instance_id, look.run, text)
             self._service.looked(instance_id, look)
         except RecoveryError as error:
             log.warning("cannot note the look at %s: %s", instance_id, error)

@@ -35,6 +35,8 @@ class HttpProber:
 
     def __init__(self) -> None:
         self._clients: dict[tuple[str, str], httpx.AsyncClient] = {}
+        self.metrics: dict[str, str] = {}
+        """What each instance's server last said at /metrics."""
 
     async def look(self, row: Instance, target: Target) -> Look:
         """Return what the server of `row.run` says of itself, within `health_check_timeout` (+ the completion's own)."""
@@ -49,6 +51,8 @@ class HttpProber:
             self._get(client, "/health", limit), self._get(client, "/v1/models", limit), self._get(client, "/metrics", min(limit, 2.0))
         )
         steps, asleep = _read_metrics(metrics)
+        if metrics.kind == "ok":
+            self.metrics[row.id] = metrics.body.decode(errors="replace")
         completion: Completion = "skipped"
         why = ""
         answers = health.kind == "ok" and models.kind == "ok"
@@ -90,6 +94,7 @@ class HttpProber:
         """Close the clients of an instance that is gone."""
         for key in [key for key in self._clients if key[0] == instance_id]:
             await self._clients.pop(key).aclose()
+        self.metrics.pop(instance_id, None)
 
     def _client(self, instance_id: str, target: Target) -> httpx.AsyncClient:
         assert target.root is not None

@@ -11,8 +11,10 @@ from rich.table import Table
 
 from recovery.cli.asking import ask, err, out, rows_of, wired, within
 from recovery.cli.exits import Exit, UnknownNameError
+from recovery.core.causes import ADVICE, Cause
 from recovery.core.change import Incident
 from recovery.core.instance import Instance
+from recovery.core.postmortem import post_mortem, spans
 from recovery.errors import ConflictError, HostAwayError, RecoveryError
 
 READING = "What happened"
@@ -142,34 +144,25 @@ def incidents(
         return Exit.OK
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("INCIDENT", "OPENED", "CAUSE", "DOWN", "OUTCOME"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name in ("INCIDENT", "CAUSE"))  # to be copied
     for each in found:
-        table.add_row(each.id, _time(each.opened_at), each.cause, _down(each), each.outcome or "open")
+        table.add_row(each.id, _time(each.opened_at)[5:], each.cause, _down(each), each.outcome or "open")
     out.print(table) if found else out.print("no incidents")
     return Exit.OK
 
 
 def incident(incident_id: Annotated[str, typer.Argument(metavar="ID", help="id of an incident")], json: Json = False) -> int:
-    """One outage: cause, evidence, every step with its time."""
+    """One outage as a post-mortem: cause, times, every step with its outcome, and what there was to see."""
     found = within(lambda: wired().store.incident(incident_id))
     if found is None:
         raise UnknownNameError(f"cannot find an incident {incident_id[:80]!r}; `recovery incidents` lists them")
+    kept = within(lambda: wired().store.get(f"evidence:{incident_id}")) or {}
     if json:
-        out.print_json(found.model_dump_json())
+        out.print_json(jsons.dumps({**found.model_dump(mode="json"), "evidence": {**found.evidence, **kept}, "seconds": spans(found)}))
         return Exit.OK
-    out.print(f"{found.id}: {found.cause} on {found.host}, down {_down(found)}, {found.outcome or 'open'}", markup=False)
-    out.print(found.reason, markup=False)
-    moments = ("failed_at", "detected_at", "opened_at", "started_at", "ready_at", "validated_at", "closed_at")
-    for name in moments:
-        at = getattr(found, name)
-        if at is not None:
-            out.print(f"  {_time(at)}  {name.removesuffix('_at')}", markup=False)
-    for step in found.steps:
-        told = ", ".join(f"{key} {value}" for key, value in step.items() if key != "at" and value not in (None, ""))
-        out.print(f"  {_time(float(step['at']))}  {told}" if "at" in step else f"  {told}", markup=False)
-    for key, value in found.evidence.items():
-        text = value if isinstance(value, str) else jsons.dumps(value, indent=2)
-        out.print(f"{key}:\n{text}", markup=False)
+    advice = next((ADVICE[cause] for cause in Cause if cause.value == found.cause), "")
+    for line in post_mortem(found, kept, _time, advice):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
     return Exit.OK
 
 

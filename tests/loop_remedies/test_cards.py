@@ -1,17 +1,14 @@
 """What is done about a card: another one after repeated failures, none at all once it is lost."""
 
+from pathlib import Path
+
 from tests.helpers import wait_until
-from tests.loop.fleet import Fleet, Model
+from tests.loop.fleet import Fleet
 from tests.loop.plane import PATIENCE_S, Plane
 from tests.loop_remedies.conftest import Cards
 from tests.loop_remedies.test_remedies import closed, kinds, newest
 
 FAILS = ("--serve-error-after", "1.5", "--serve-error")
-
-
-def cards_of(model: Model) -> list[tuple[int, ...]]:
-    """The card of every start, oldest first, by the servers' own environment."""
-    return [event["data"].get("gpus") for event in model.events if event["kind"] == "spawned"]
 
 
 def test_illegal_access_again_and_again_moves_to_another_card(fleet: Fleet, cards: Cards) -> None:
@@ -69,5 +66,4 @@ def test_another_models_lost_card_is_no_cause(fleet: Fleet, cards: Cards) -> Non
 
 
 def _environ(pid: int) -> list[str]:
-    with open(f"/proc/{pid}/environ", "rb") as file:
-        return [part.decode(errors="replace") for part in file.read().split(b"\0")]
+    return Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")

@@ -41,7 +41,9 @@ def newest(model: Model) -> Incident:
 
 def closed(model: Model) -> Incident:
     """Wait until the newest incident is closed."""
-    wait_until(lambda: model.plane.store.incidents(model.id, 1), lambda found: found and found[0].closed_at is not None, within_s=PATIENCE_S)
+    wait_until(
+        lambda: model.plane.store.incidents(model.id, 1), lambda found: found and found[0].closed_at is not None, within_s=PATIENCE_S
+    )
     return newest(model)
 
 
@@ -134,7 +136,9 @@ def test_when_every_remedy_was_tried_a_human_is_asked(fleet: Fleet) -> None:
 
 
 def test_max_restarts_ends_the_ladder(fleet: Fleet) -> None:
-    one = fleet.model("short", "--max-model-len", "65536", "--load-error", "oom", max_restarts=2, restart_delay=0.05, max_restart_delay=0.05)
+    one = fleet.model(
+        "short", "--max-model-len", "65536", "--load-error", "oom", max_restarts=2, restart_delay=0.05, max_restart_delay=0.05
+    )
 
     row = one.reaches("failed")
 
@@ -265,7 +269,7 @@ def test_a_port_taken_while_it_loads_shows_in_its_log(fleet: Fleet) -> None:
         ("bad-flag", ("--no-such-flag",), "bad_argument", "unrecognized arguments: --no-such-flag"),
         ("bad-value", ("--max-num-seqs", "x"), "bad_argument", "argument --max-num-seqs: invalid int value: 'x'"),
         ("no-model", ("--load-error", "bad-path"), "model_not_found", "Repo id must be in the form"),
-        ("too-long", ("--load-error", "len-above-model"), "config_error", "User-specified max_model_len"),
+        ("too-long", ("--load-error", "len-above-model"), "config_error", "ValidationError"),
         ("gated", ("--load-error", "gated"), "model_gated", "GatedRepoError"),
         ("broken", ("--load-error", "truncated-weights"), "bad_model_files", "SafetensorError"),
     ],
@@ -365,7 +369,14 @@ def test_the_post_mortem_and_the_metrics(fleet: Fleet, plane: Plane) -> None:
     listed = plane.run(sys.executable, "-m", "recovery.cli", "incidents", one.id)
     assert incident.id in listed.stdout.replace("\n", "") and "kv_cache_too_small" in listed.stdout
     told = plane.run(sys.executable, "-m", "recovery.cli", "incident", incident.id).stdout
-    for words in ("kv_cache_too_small", "To serve at least one request", "--max-model-len 4096", "recovered", "first good token", "--max-model-len 8192"):
+    for words in (
+        "kv_cache_too_small",
+        "To serve at least one request",
+        "--max-model-len 4096",
+        "recovered",
+        "first good token",
+        "--max-model-len 8192",
+    ):
         assert words in told, told
     families = {family.name: family for family in FleetCollector(plane.store).collect()}
     for name in ("recovery_time_to_detect_seconds", "recovery_time_to_recover_seconds"):
