@@ -14,11 +14,11 @@ JOBS ?= 2
 
 # What `.ci/run` runs beside `make test`; a share adds itself: `SHARES += test-something`.
 SHARES :=
-SHARES += test-deploy
+SHARES += test-deploy test-vllm
 # Folders of tests that belong to a share, so `make test` leaves them out.
 APART := tests/deploy
 
-.PHONY: help up down status install dev check lint types layers pure test shares test-deploy bench readme clean
+.PHONY: help up down status install dev check lint types layers pure test shares test-deploy test-vllm bench bench-vllm readme clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -69,6 +69,15 @@ shares: $(SHARES) ## what .ci/run runs beside `make test`
 
 test-deploy: dev ## compose, units, access rules, packages, a clean clone, every command of the README
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/deploy $(PYTEST)
+
+test-vllm: dev ## a real vLLM on CPU (built once into the cache, 3.5 GB), broken in every way; 10 to 15 minutes
+	@if tests/vllm/setup/build.sh; then $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/vllm --durations 15 $(PYTEST); \
+	elif [ -n "$$CI" ]; then exit 1; \
+	else echo "test-vllm: skipped, because a vLLM for CPU cannot be installed here (above is why); in CI this fails"; fi
+
+bench-vllm: dev ## seconds from each fault to the first good token of a real vLLM, into docs/figures/vllm.json; about 15 minutes
+	@tests/vllm/setup/build.sh
+	$(BIN)/python -m tests.bench.vllm --json docs/figures/vllm.json $(ARGS)
 
 bench: dev ## the figures of the README, beside their floors and peers, into bench.json; takes about half an hour
 	$(BIN)/python -m tests.bench.control_plane $(ARGS)

@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 
+from tests.loop.conftest import pytest_runtest_makereport
+from tests.loop.plane import Plane, plane
 from tests.vllm.server import HOME, VllmServer, is_built
+from tests.vllm.supervised import Servers, servers
+
+__all__ = ["pytest_runtest_makereport"]
 
 BUILD = Path(__file__).parent / "setup" / "build.sh"
 
@@ -33,6 +38,20 @@ def vllm_home() -> Path:
             pytest.fail(said)
         pytest.skip(said)
     return HOME
+
+
+@pytest.fixture(scope="module", name="plane")
+def _plane(vllm_home: Path) -> Iterator[Plane]:
+    """The module's control plane."""
+    with plane() as made:
+        yield made
+
+
+@pytest.fixture
+def fleet(plane: Plane) -> Iterator[Servers]:
+    """Servers of this test alone."""
+    with servers(plane) as made:
+        yield made
 
 
 @pytest.fixture
