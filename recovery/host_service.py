@@ -6,7 +6,7 @@ no harm. The order is always: disk before row, row before deed.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from recovery.committing import Committer
@@ -22,7 +22,16 @@ from recovery.core.launch import PORT, Launch, launch
 from recovery.core.looking import Look, on_look
 from recovery.core.remedies import StepKind
 from recovery.core.states import ENDING, PROBED, State
-from recovery.errors import ConfigError, DiskError, LeaseHeldError, SpawnError, StaleTokenError, UnknownModelError, VersionConflictError
+from recovery.errors import (
+    ConfigError,
+    DiskError,
+    LeaseHeldError,
+    SchemaError,
+    SpawnError,
+    StaleTokenError,
+    UnknownModelError,
+    VersionConflictError,
+)
 from recovery.ports import Host, Sender, Store
 from recovery.repairing import Repairs
 
@@ -455,13 +464,24 @@ class HostService:
         known = frozenset(self.host.instances())
         for planned in mine.values():
             row = rows.get(planned.id)
-            if row is not None and row.placement.host != self.name:
-                self._yield(row)
-            else:
-                self._join_one(fleet, planned, row, known=planned.id in known)
+            with self._alone(planned.id):
+                if row is not None and row.placement.host != self.name:
+                    self._yield(row)
+                else:
+                    self._join_one(fleet, planned, row, known=planned.id in known)
         for row in self.store.load_all():
             if row.placement.host == self.name and row.id not in mine:
-                self.reconcile(row.id) if self._may_stay(row, fleet) else self._retire(row)
+                with self._alone(row.id):
+                    self.reconcile(row.id) if self._may_stay(row, fleet) else self._retire(row)
+
+    @contextlib.contextmanager
+    def _alone(self, instance_id: str) -> Iterator[None]:
+        """What cannot be done for one instance (its folder is full, damaged or walled off) is said in its row, and delays no other."""
+        try:
+            yield
+        except (DiskError, SchemaError, SpawnError) as error:
+            text = str(error)
+            self._apply(instance_id, lambda row, _: Decision(after=row.evolve(reason=text), reason=text) if row.reason != text else None)
 
     def _may_stay(self, row: Instance, fleet: Fleet) -> bool:
         """Rows on this host that its plan does not name: one that serves during a roll, one that was moved here."""
