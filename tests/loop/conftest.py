@@ -1,6 +1,6 @@
 """One control plane per module, and per test a fleet with models of its own."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -23,10 +23,10 @@ def fleet(plane: Plane) -> Iterator[Fleet]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Show the ends of the workers' logs and the rows beside a failure."""
     report = yield
-    plane = getattr(item, "funcargs", {}).get("plane") or getattr(item, "module_plane", None)
+    plane = getattr(item, "funcargs", {}).get("plane")
     if report.when == "call" and report.failed and isinstance(plane, Plane):
         for name in ("host", "control", "beat"):
             if plane.log_file(name).exists():

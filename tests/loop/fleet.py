@@ -12,8 +12,7 @@ import httpx
 import psutil
 
 from recovery.core.instance import Instance
-from tests.helpers import wait_until
-from tests.loop.plane import PATIENCE_S, Plane, free_ports
+from tests.loop.plane import PATIENCE_S, Plane, free_ports, wait_until
 
 POLICY: dict[str, Any] = {
     "restart_policy": "on-failure", "max_restarts": 5, "restart_delay": 0.2, "max_restart_delay": 2, "restart_jitter": 0,
@@ -110,7 +109,7 @@ class Model:
 
     def reaches(self, state: str) -> Instance:
         """Wait for a state; the row then."""
-        wait_until(lambda: (self.state, self.plane.store.load(self.instance)), lambda seen: seen[0] == state, within_s=PATIENCE_S)
+        wait_until(lambda: (self.state, self.plane.store.load(self.instance)), lambda seen: seen[0] == state)
         return self.row
 
     def serves(self, but: int | None = None) -> int:
@@ -119,13 +118,13 @@ class Model:
         def look() -> int | None:
             return self.server if self.state == "healthy" else None
 
-        pid = wait_until(look, lambda pid: pid is not None and pid != but, within_s=PATIENCE_S)
+        pid = wait_until(look, lambda pid: pid is not None and pid != but)
         assert pid is not None
         return pid
 
     def until(self, seen: Callable[[Instance], object]) -> Instance:
         """Wait until the row shows something."""
-        wait_until(lambda: self.row, lambda row: isinstance(row, Instance) and bool(seen(row)), within_s=PATIENCE_S)
+        wait_until(lambda: self.row, lambda row: isinstance(row, Instance) and bool(seen(row)))
         return self.row
 
     def looked(self, times: int = 3) -> None:

@@ -1,6 +1,7 @@
 """A control plane of a test module's own: a real Redis, a host worker, a control worker and beat, gone afterwards."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -9,9 +10,10 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import psutil
 from celery import Celery
@@ -20,7 +22,8 @@ from recovery import part_list, wiring
 from recovery.adapters.processes import Processes
 from recovery.core.host import HostView
 from recovery.settings import load_settings
-from tests.helpers import RedisServer, wait_until
+from tests import helpers
+from tests.helpers import RedisServer
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 60.0
@@ -28,6 +31,21 @@ PATIENCE_S = 60.0
 HOST = "loop"
 OPERATORS = {"HF_TOKEN": "hf_of_the_operator", "VLLM_LOOP": "1", "NCCL_DEBUG": "WARN", "HF_HOME": "/nowhere/hf"}
 """What an operator's shell would hold, for the models to find."""
+
+T = TypeVar("T")
+PACE_S = 0.08
+"""Between two looks: those at rows and process tables cost milliseconds, and the fleet wants the processor too."""
+
+
+def wait_until(look: Callable[[], T], expected: Any = bool, within_s: float = PATIENCE_S) -> T:
+    """`tests.helpers.wait_until`, looking less often."""
+
+    def paced() -> T:
+        time.sleep(PACE_S)
+        return look()
+
+    return helpers.wait_until(paced, expected, within_s)
+
 
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
 _ports = itertools.count(10_000 + 1_200 * (_WORKER % 8))
@@ -99,7 +117,10 @@ class Plane:
         for name, listed in zip(names, started, strict=True):
             if name == "control" and "beat" not in self._processes:
                 continue  # without a clock there is nothing to see of it
-            wait_until(lambda name=name, listed=listed: (listed.ready(), self.tail(name)), lambda seen: seen[0], within_s=PATIENCE_S)
+            wait_until(functools.partial(self._ready, name, listed), lambda seen: seen[0])
+
+    def _ready(self, name: str, listed: part_list.Listed) -> tuple[bool, str]:
+        return listed.ready(), self.tail(name)
 
     def tail(self, name: str) -> str:
         """The last lines of a part's log, and whether it lives: for whoever waits for it in vain."""
@@ -166,7 +187,7 @@ class Plane:
         """Wait until the clock has ticked so often: whatever was due has been delivered by then."""
         for _ in range(times):
             last = self.store.get("tick")
-            wait_until(lambda last=last: self.store.get("tick") != last, within_s=PATIENCE_S)
+            wait_until(lambda: self.store.get("tick"), lambda at, last=last: at != last)
 
     # --- the end ---
 
@@ -180,7 +201,7 @@ class Plane:
         def left() -> list[str]:
             return [name for name in instances if self._ends(name)]
 
-        wait_until(left, [], within_s=PATIENCE_S)
+        wait_until(left, [])
 
     def _ends(self, instance: str) -> bool:
         """One attempt at it; True when something was still there."""

@@ -6,9 +6,8 @@ import signal
 import pytest
 
 from recovery.core.instance import Instance
-from tests.helpers import wait_until
 from tests.loop.fleet import Fleet, gone
-from tests.loop.plane import PATIENCE_S
+from tests.loop.plane import wait_until
 
 
 def counts(row: Instance) -> tuple[int, int, int]:
@@ -59,7 +58,7 @@ def test_kill_9_of_the_keeper_only(fleet: Fleet) -> None:
 
     os.kill(keeper, signal.SIGKILL)
 
-    wait_until(lambda: one.keeper, lambda pid: pid not in (None, keeper), within_s=PATIENCE_S)
+    wait_until(lambda: one.keeper, lambda pid: pid not in (None, keeper))
     assert (one.server, one.state, one.row.restart_count, one.starts) == (server, "healthy", 0, 1)
 
     one.kill()
@@ -214,7 +213,7 @@ def test_a_load_that_never_ends_is_started_again(fleet: Fleet) -> None:
 
     assert counts(row) == (1, 1, 1) and "max restarts (1) reached" in row.reason
     assert one.starts == 2
-    wait_until(lambda: one.server, None, within_s=PATIENCE_S)
+    wait_until(lambda: one.server, None)
 
 
 def test_the_budget_is_spent_forgiven_and_reset(fleet: Fleet) -> None:
