@@ -223,4 +223,4 @@ def _prometheus_reads(composed: Composed) -> None:
         said = composed["prometheus"].run("curl", "-sS", "http://127.0.0.1:9090/api/v1/targets").stdout
         return {each["labels"]["job"]: each["health"] for each in json.loads(said)["data"]["activeTargets"]}
 
-    wait_until(up, {"recovery": "up", "door": "up"}, within_s=PATIENCE_S)
+    wait_until(up, {"vllm-recovery": "up", "vllm-recovery-door": "up"}, within_s=PATIENCE_S)
