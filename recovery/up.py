@@ -30,7 +30,7 @@ from recovery.core.states import State
 from recovery.errors import ConfigError, ConflictError, LeaseHeldError, RecoveryError, StoreUnavailableError
 from recovery.part_list import LONGEST_DRAIN_S, Listed, RedisRunner
 from recovery.parts import Manager, PartRunner, Say
-from recovery.ports import Sender
+from recovery.ports import Sender, Store
 from recovery.service import Service
 from recovery.settings import Settings, load_fleet, port_clashes
 
@@ -38,6 +38,7 @@ REST = frozenset({State.STOPPED, State.COMPLETED, State.FAILED})
 RESUME = "resume.json"
 """The instances that taking the installation down has stopped: the next start starts them again."""
 ROTATE_S = 5.0
+TWO_BEATS_S = 5.0
 KEEPER_S = 10.0
 """A keeper whose server is dead and that has not ended by then is frozen."""
 DIRECT_GRACE_S = 15.0
@@ -109,8 +110,9 @@ def place(settings: Settings) -> Place:
 class Installation:
     """The parts of one home, kept alive by this process until `stop`."""
 
-    def __init__(self, where: Place, listed: tuple[Listed, ...], say: Say) -> None:
+    def __init__(self, where: Place, listed: tuple[Listed, ...], store: Store, say: Say) -> None:
         self.place, self.listed = where, listed
+        self._store = store
         self._say = say
         self._manager = Manager(say)
         self._lock = parts.HomeLock(where.home)
@@ -145,6 +147,26 @@ class Installation:
         problems = [text for each in self.listed for text in _ports_taken(each, host, ours)]
         if problems:
             raise ConfigError("cannot start:" + "".join(f"\n  {line}" for line in problems), tuple(problems))
+        if not self.place.embedded:
+            self._refuse_a_second_host()
+
+    def _refuse_a_second_host(self) -> None:
+        """On a Redis that others use too, a worker of another home may have this host's name. What lives beats every 3 s."""
+        name = self.place.settings.host
+
+        def beat() -> Any:
+            return self._store.hosts().get(name, {}).get("wall")
+
+        with contextlib.suppress(StoreUnavailableError):  # it may come later than we do
+            first = beat()
+            until = time.monotonic() + TWO_BEATS_S
+            while first is not None and time.monotonic() < until:
+                if beat() not in (None, first):
+                    raise ConflictError(
+                        f"cannot start: another worker of host {name!r} lives on the same Redis; "
+                        "end it, or set another RECOVERY_HOST (or RECOVERY_KEY_PREFIX)"
+                    )
+                time.sleep(0.1)
 
     def pids(self) -> dict[str, int | None]:
         """The pid of every part, None for one that is down."""

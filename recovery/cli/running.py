@@ -54,7 +54,7 @@ def up(
     ending = ups.Ending()
     ending.leave_models = leave_models
     ending.listen()
-    installation = ups.Installation(where, listed, _say)
+    installation = ups.Installation(where, listed, wired.store, _say)
     with _progress("starting"):
         installation.start("up")
     try:
@@ -195,7 +195,7 @@ def _end(installation: ups.Installation, models: ups.Models, ending: ups.Ending)
             except RecoveryError as error:
                 err.print(f"{error}; the models are ended directly")
     else:
-        out.print("ending the parts; the models serve on")
+        out.print("ending the parts; the models are left as they are")
     with _progress("ending the parts"):
         installation.stop(hurry=not ending.leave_models or ending.times > 1)
     if not ending.leave_models:
@@ -271,7 +271,7 @@ def host_main(
     listed: tuple[Listed, ...] = (host(settings, wired.store),)
     ending = ups.Ending()
     ending.listen()
-    installation = ups.Installation(ups.place(settings), listed, _say)
+    installation = ups.Installation(ups.place(settings), listed, wired.store, _say)
     installation.start("host", to_files=False, redis=False)
     models = ups.Models(wired, _sender())
     resumed = False

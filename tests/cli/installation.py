@@ -85,6 +85,7 @@ class Installation:
         }
         self.models = models
         self.process: subprocess.Popen[bytes] | None = None
+        self._begun: list[subprocess.Popen[bytes]] = []
         self.wired = wiring.build(load_settings(self.environ))
         self.host = Processes(self.home)
 
@@ -92,19 +93,22 @@ class Installation:
 
     def up(self, *arguments: str) -> Self:
         """Start `recovery up` and wait until it has said all it says."""
-        self.begin(*arguments)
+        self.process = self.begin("up", *arguments)
         wait_until(lambda: "Ctrl-C ends" in self.said or self._ended(), within_s=PATIENCE_S)
         assert not self._ended(), self.said
         return self
 
-    def begin(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start `recovery up` and wait for nothing."""
-        with (self.folder / "up.out").open("wb") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "recovery.cli", "up", "--fleet", str(self.fleet), *arguments],
+    def begin(self, command: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start a command that goes on, and wait for nothing."""
+        with (self.folder / f"{command}.out").open("wb") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "recovery.cli", command, "--fleet", str(self.fleet), *arguments],
                 env=self.environ, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
             )  # fmt: skip
-        return self.process
+        self._begun.append(process)
+        if command == "up":
+            self.process = process
+        return process
 
     @property
     def said(self) -> str:
@@ -188,9 +192,9 @@ class Installation:
 
     def close(self) -> None:
         """End whatever is left, frozen or not, by pid."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.kill()
-            self.process.wait(PATIENCE_S)
+        for process in self._begun:
+            process.kill()
+            process.wait(PATIENCE_S)
         parts.end([each.process for each in parts.find(self.home)], 0.0)
         if (self.home / "instances").exists():
             end_directly(self.home, lambda _text: None, grace_s=0.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.installation import PARTS, PATIENCE_S, Installation, installation
-from tests.helpers import wait_until
+from tests.helpers import RedisServer, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,33 @@ def test_ctrl_c_ends_parts_and_models_and_the_next_up_starts_what_it_ended(one: 
     one.nothing_left()
 
 
+def test_a_host_by_itself(own_redis: RedisServer) -> None:
+    """
+    `recovery host` restarts its worker inside, lets no second worker of its host in, and ends its models first with --drain.
+    """
+    url = f"unix://{own_redis.socket}"
+    with installation("a", REDIS_URL=url) as made, installation("a", REDIS_URL=url) as other:
+        for name in ("control", "beat"):
+            made.begin(name)
+        host = made.begin("host", "--drain")
+        pid, worker = made.serves("a"), made.part_pids()["host"]
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: made.part_pids().get("host"), lambda seen: seen not in (None, worker), within_s=PATIENCE_S)
+
+        for installed, word in ((made, "recovery host"), (other, "RECOVERY_HOST")):
+            done = installed.run("up", "--fleet", str(installed.fleet))
+            assert (done.returncode, word in done.stderr) == (1, True), done.stderr
+        assert made.server("a") == pid
+
+        host.terminate()
+        assert host.wait(PATIENCE_S) == 0
+        assert (made.state("a"), made.server("a"), made.part_pids()) == ("stopped", None, {})
+        host = made.begin("host", "--drain")
+        made.serves("a")  # it starts again what it has ended
+        host.terminate()
+        host.wait(PATIENCE_S)
+
+
 def test_two_side_by_side_one_of_them_without_a_redis_on_path(tmp_path: Path) -> None:
     """
     Each has its own Redis, parts and models. `down` of one after the kill -9 of its `up` leaves the other alone.
@@ -85,7 +112,7 @@ def test_two_side_by_side_one_of_them_without_a_redis_on_path(tmp_path: Path) ->
                 (tmp_path / tool.name).symlink_to(tool)
     assert shutil.which("redis-server", path=str(tmp_path)) is None
     with installation("a") as first, installation("a", PATH=str(tmp_path)) as second:
-        first.begin()
+        first.begin("up")
         second.up()
         first.serves("a")
         pid, redis = second.serves("a"), second.redis_pid()
