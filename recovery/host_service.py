@@ -7,7 +7,7 @@ no harm. The order is always: disk before row, row before deed.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from recovery.committing import Committer
 from recovery.core import braking, incidents, joining, stepping
@@ -52,6 +52,13 @@ class Started(Value):
     token: int | None = None
     delay_s: float = 0.0
     attempt: int = 0
+
+
+class _Ended(NamedTuple):
+    """A run's end that was committed, and the row as it was until then."""
+
+    before: Instance
+    decision: Decision
 
 
 class Clocks(Value):
@@ -128,9 +135,9 @@ class HostService:
             case "adopt":
                 return self._adopt(row, view)
             case "ended":
-                decision = self._report_end(row.id, view)
-                if decision is not None:
-                    self._afterwards(decision, view)
+                ended = self._report_end(row.id, view)
+                if ended is not None:
+                    self._afterwards(ended, view)
                 return Started(outcome="ended", reason=verdict.why)
             case "wait" if holder is not None and not holder.ours and not verdict.end_strays:
                 return self._port_taken(row, fleet, planned, spec, f"port {made.port} is held by {holder.name} (pid {holder.pid})")
@@ -265,9 +272,9 @@ class HostService:
             text = f"cannot end {left}; look at it by hand, then reset"
             decision = self._apply(instance_id, lambda now_row, now: unkillable(now_row, text, now) if now_row.state in ENDING else None)
             return decision.reason if decision else "nothing"
-        decision = self._report_end(instance_id, view)
-        if decision is not None:
-            self._afterwards(decision, view)
+        ended = self._report_end(instance_id, view)
+        if ended is not None:
+            self._afterwards(ended, view)
             return "reported its end"
         if row.state in ENDING or row.state in PROBED:
             self.host.write_record(instance_id, joining.recorded(row, view.record))
@@ -328,14 +335,14 @@ class HostService:
                     self.host.adopt(instance_id)
                     self.on_run(instance_id)
                     return True
-                decision = self._report_end(instance_id, view)
+                ended = self._report_end(instance_id, view)
         except LeaseHeldError:
             return False
-        if decision is not None:
-            self._afterwards(decision, view)
+        if ended is not None:
+            self._afterwards(ended, view)
         return True
 
-    def _report_end(self, instance_id: str, view: HostView) -> Decision | None:
+    def _report_end(self, instance_id: str, view: HostView) -> "_Ended | None":
         """Commit the end of the newest run if it has ended and the row does not know yet; `_afterwards` does what can wait."""
         record = view.ended(self.clocks.wall())
         row = self.store.load(instance_id)
@@ -354,16 +361,17 @@ class HostService:
         after = decision.after
         if after.state is not State.RESTARTING or after.not_before > self.store.now() + SOON_S:
             self._remember(after)
-        return decision
+        return _Ended(row, decision)
 
-    def _afterwards(self, decision: Decision, view: HostView) -> None:
+    def _afterwards(self, ended: "_Ended", view: HostView) -> None:
         """What a reported end leaves to be done; the next start does not wait for it."""
+        decision = ended.decision
         if decision.failure is None:
             return
         if decision.after.used <= 1:
             self.host.protect(decision.after.id, decision.failure.token)
         self._put_brake_on(decision)
-        self._keep_evidence(decision.after, decision.failure, view)
+        self._keep_evidence(ended.before, decision.failure, view)
         if decision.step in (StepKind.FREE_GPU.value, StepKind.FREE_PORT.value):
             self._end_left_overs()
 
@@ -381,16 +389,15 @@ class HostService:
         return self.repairs.exit_seen(row, record, view, self.fleet(), at=at)
 
     def _keep_evidence(self, row: Instance, failure: Failure, view: HostView) -> None:
-        """Keep what a post-mortem wants of an outage's first failure, under the id that its incident has or will have."""
-        incident = incidents.incident_id(row, failure)
-        if row.incident not in (None, incident):
+        """Keep what a post-mortem wants of an outage's first failure, under the id of its incident; `row` is as it failed."""
+        if row.incident is not None:
             return
         try:
             found = self.repairs.collect(row, failure.token, self.fleet(), view)
         except (OSError, DiskError, ConfigError) as error:  # a repair does not wait for its papers
             found = {"missing": str(error)[:300]}
         traffic = self.store.get(f"traffic:{row.id}")
-        self.store.put(f"evidence:{incident}", {**found, "metrics": traffic}, EVIDENCE_TTL_S)
+        self.store.put(f"evidence:{incidents.incident_id(row, failure)}", {**found, "metrics": traffic}, EVIDENCE_TTL_S)
 
     def _remember(self, row: Instance) -> None:
         """Bring the host's own record up to the row: what it needs to know when Redis has forgotten."""
@@ -412,7 +419,8 @@ class HostService:
         if expected is not None and expected.failure is not None:
             view = self.host.look(instance_id)
             remedy = self.repairs.remedy_for(row, expected.failure.cause, expected.failure.evidence, self.fleet(), view)
-            self._keep_evidence(row, expected.failure, view)  # before the commit: the kill destroys what there is to be seen
+            seen = row.evolve(probe=expected.after.probe)
+            self._keep_evidence(seen, expected.failure, view)  # before the commit: the kill destroys what there is to be seen
         decision = self._apply(instance_id, lambda now_row, now: on_look(now_row, look, now, self.clocks.chance(), remedy))
         if decision is None:
             return
@@ -526,10 +534,10 @@ class HostService:
                 if view.server_alive and not view.keeper_alive:
                     self.host.adopt(instance_id)
                 row = self.store.load(instance_id)
-                decision = self._report_end(instance_id, view) if row is not None else None
-                if decision is not None:
-                    self._afterwards(decision, view)
-                if row is None or decision is not None:
+                ended = self._report_end(instance_id, view) if row is not None else None
+                if ended is not None:
+                    self._afterwards(ended, view)
+                if row is None or ended is not None:
                     return
                 if view.record.token > row.token:
                     self._raise(instance_id, view)
