@@ -597,6 +597,8 @@ def _rests(row: Instance, alive: list[int]) -> bool:
     match row.state.value:
         case "healthy":
             return row.desired is Desired.RUNNING and alive == [row.run]
+        case "unhealthy" if row.policy.restart_policy == "no":
+            return alive == [row.run]  # reported, not touched
         case "stopped":
             return row.desired is Desired.STOPPED and not alive
         case "completed":

@@ -66,6 +66,13 @@ class Walk(RuleBasedStateMachine):
                 self.world.bag.messages.remove(message)
                 self.world.deliver(message)
 
+    @rule(instance=instances, times=st.integers(1, 3))
+    def crashes_again_and_again(self, instance: str, times: int) -> None:
+        """A crash loop, so that walks get to where budgets end."""
+        for _ in range(times):
+            self.server_dies(instance, 1, False)
+            self.a_good_while()
+
     @precondition(lambda self: self.world.bag.messages)
     @rule(pick=picks, keep=st.booleans())
     def deliver(self, pick: int, keep: bool) -> None:
