@@ -102,7 +102,11 @@ class HttpProber:
         if key not in self._clients:
             headers = {"authorization": f"Bearer {target.api_key}"} if target.api_key else {}
             self._clients[key] = httpx.AsyncClient(
-                base_url=target.root, headers=headers, verify=_NO_TLS_CHECK, limits=httpx.Limits(max_keepalive_connections=0), trust_env=False
+                base_url=target.root,
+                headers=headers,
+                verify=_NO_TLS_CHECK,
+                limits=httpx.Limits(max_keepalive_connections=0),
+                trust_env=False,
             )
         return self._clients[key]
 
@@ -134,8 +138,9 @@ class HttpProber:
             return "overloaded", ""
         if reply.kind == "status" and reply.status is not None and reply.status < 500:
             return "off", ""  # an embedding model has no completions; a client's fault is no sign of ill health
-        said = f"a one-token completion got no answer in {limit:g} s" if reply.kind == "timeout" else f"a one-token completion failed: {reply.said}"
-        return ("timeout" if reply.kind == "timeout" else "failed"), said
+        if reply.kind == "timeout":
+            return "timeout", f"a one-token completion got no answer in {limit:g} s"
+        return "failed", f"a one-token completion failed: {reply.said}"
 
     async def _paused(self, client: httpx.AsyncClient) -> bool:
         """True when a server in development mode says it is paused; /metrics does not show that (VLLM-FACTS.md, section d)."""
