@@ -131,7 +131,7 @@ class Model:
         """Wait until it has been looked at so often from now on."""
         for _ in range(times):
             last = self.row.probe.last_at
-            self.until(lambda row, last=last: row.probe.last_at != last)
+            wait_until(lambda: self.row.probe.last_at, lambda at, last=last: at != last)
 
     # --- breaking it ---
 

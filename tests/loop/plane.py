@@ -97,7 +97,7 @@ class Plane:
         self.wired = wiring.build(self.settings)
         self.store = self.wired.store
         self.host = Processes(self.home)
-        self._of, self._prefix = of or {}, prefix or {}
+        self.of, self._prefix = of or {}, prefix or {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         url = self.wired.url
         self.app = Celery("test", broker=url.celery, backend=url.result_backend, set_as_current=False)
@@ -128,7 +128,7 @@ class Plane:
 
     def _start(self, name: str) -> part_list.Listed:
         listed: part_list.Listed = getattr(part_list, name)(self.settings, self.store)
-        environ = {**self.environ, **listed.part.env, **self._of.get(name, {})}
+        environ = {**self.environ, **listed.part.env, **self.of.get(name, {})}
         with self.log_file(name).open("ab") as log:
             self._processes[name] = subprocess.Popen(
                 [*self._prefix.get(name, ()), *listed.part.argv],
