@@ -15,8 +15,8 @@ from typing import Any
 
 from recovery import __version__
 from recovery.core import remedies
-from recovery.core.causes import Cause
-from recovery.core.diagnosis import Diagnosis, Evidence, GpuReading, diagnose, has_cuda_oom
+from recovery.core.causes import ADVICE, Cause
+from recovery.core.diagnosis import Diagnosis, Evidence, GpuReading, diagnose, engine_died, has_cuda_oom
 from recovery.core.failing import ExitSeen, Remedy
 from recovery.core.fleet import Fleet, ModelSpec, Placement
 from recovery.core.fleet_plan import plan, spare_ports, uses
@@ -62,14 +62,16 @@ class Repairs:
         if view.rebooted():
             return ExitSeen(token=record.token, at=at, unknown=True, rebooted=True, cause="host_reboot")
         log = tuple(self._host.read_log(row.id, record.token, DIAGNOSED_BYTES).splitlines())
-        holder = self._host.port_holder(row.placement.port) if row.placement.port else None
+        was_ready = row.ready_at is not None and row.run == record.token
+        asks = row.placement.port is not None and record.code not in (None, 0) and not was_ready
+        holder = self._host.port_holder(row.placement.port or 0) if asks else None
         evidence = Evidence(
             exit_code=record.code,
             signal=record.signal,
             log=log,
-            was_ready=row.ready_at is not None and row.run == record.token,
+            was_ready=was_ready,
             stopping=row.desired is Desired.STOPPED or row.state in ENDING,
-            gpus=tuple(card for card in self._gpu.readings() if not row.placement.gpus or card.index in row.placement.gpus),
+            gpus=self._own_cards(row),
             xids=self._gpu.xids(row.placement.gpus, view.run.at if view.run is not None else record.at),
             kernel_oom=self._oom_killed(record, view, log),
             disk_full=self._full(),
@@ -107,9 +109,25 @@ class Repairs:
         )
 
     def remedy_for(self, row: Instance, cause: str, evidence: str, fleet: Fleet, view: HostView) -> Remedy:
-        """The next rung for a cause that a look found: nothing has ended yet, so there is no log to weigh."""
+        """
+        The next rung for a cause that a look found, or for a better one: a lost card, or what the log says of an engine that died.
+
+        A server whose engine died may take seconds to end, and refuses connections meanwhile (VLLM-FACTS.md, section b).
+        """
+        log = tuple(self._host.read_log(row.id, row.run or row.token, DIAGNOSED_BYTES).splitlines())
+        since = view.run.at if view.run is not None else 0.0
+        told = Evidence(
+            log=log if engine_died(log) else (),
+            was_ready=row.ready_at is not None,
+            gpus=self._own_cards(row),
+            xids=self._gpu.xids(row.placement.gpus, since),
+        )
+        found = diagnose(told)
+        if found.cause is not None:
+            said = redact_text(found.evidence[:500], self.hidden(fleet, fleet.models.get(row.model)))
+            return self.remedy(row, found, fleet, view).evolve(cause=found.cause.value, evidence=said)
         known = next((each for each in Cause if each.value == cause), None)
-        return self.remedy(row, Diagnosis(cause=known, evidence=evidence), fleet, view)
+        return self.remedy(row, Diagnosis(cause=known, evidence=evidence, advice=ADVICE[known] if known else ""), fleet, view)
 
     def plan(self, row: Instance, cause: str, fleet: Fleet, view: HostView) -> list[dict[str, Any]]:
         """Every rung left for this cause, should it come back after each; `ConfigError` names the causes there are."""
@@ -216,6 +234,10 @@ class Repairs:
         """Where the other instances of this host are now: a remedy may have moved them."""
         host = row.placement.host
         return tuple(other.placement for other in self._rows() if other.id != row.id and other.placement.host == host)
+
+    def _own_cards(self, row: Instance) -> tuple[GpuReading, ...]:
+        """Its cards as they are now; all where it names none."""
+        return tuple(card for card in self._gpu.readings() if not row.placement.gpus or card.index in row.placement.gpus)
 
     def _left_overs(self, row: Instance, view: HostView) -> int:
         """Processes of any instance's runs that are over: ours, and of no use."""

@@ -27,6 +27,8 @@ class Remedy(Value):
     overrides: tuple[Override, ...] = Field((), description="the whole list the next run is launched with")
     placement: Placement | None = None
     give_up: bool = False
+    cause: str | None = Field(None, description="what the run's log tells better than the look that gave it up")
+    evidence: str = ""
 
 
 class ExitSeen(Value):
@@ -109,6 +111,7 @@ def on_spawn_failed(row: Instance, token: int, text: str, *, retry: bool, now: f
 
 def liveness_lost(row: Instance, *, cause: str, text: str, evidence: str, remedy: Remedy, now: float, u: float) -> Decision:
     """End a run that lives but does not serve; the budget for its successor is counted here, once."""
+    cause, evidence = remedy.cause or cause, remedy.evidence or evidence
     verb = Event.START_TIMED_OUT if row.state is State.STARTING else Event.LIVENESS_LOST
     token = row.run or row.token
     since = row.probe.failing_since if row.state is not State.STARTING else None

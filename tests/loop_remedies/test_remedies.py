@@ -413,3 +413,17 @@ def test_the_webhook_is_told_at_open_and_close(fleet: Fleet, plane: Plane, liste
     assert last["incident"]["evidence"]["log"]
     for name in ("control", "host"):
         assert "hush" not in Path(plane.log_file(name)).read_text(errors="replace")
+
+
+def test_a_server_that_outlives_its_engine_is_given_up_for_the_engines_cause(fleet: Fleet) -> None:
+    """
+    Its end would take a minute; the looks see only that it is no use, and the log says why.
+    """
+    one = fleet.model("outlived", "--serve-error", "oom", "--serve-error-after", "3", "--death-s", "60")
+    first = one.serves()
+
+    one.serves(but=first)
+
+    incident = closed(one)
+    assert incident.cause == "cuda_oom_serving" and "CUDA out of memory" in incident.evidence["line"]
+    assert one.row.has_cuda_oom or one.row.sees["cuda_oom_serving"] == 1

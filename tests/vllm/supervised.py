@@ -5,10 +5,7 @@ import json
 import threading
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-
-import psutil
 
 from recovery.core.change import Incident
 from recovery.core.instance import Instance
@@ -17,6 +14,8 @@ from tests.loop.fleet import Fleet, Model, gone
 from tests.loop.plane import Plane, free_ports
 from tests.vllm.server import ENVIRONMENT, FLAGS, HOME
 
+NAME_CHARACTERS = 15
+"""What the kernel keeps of a process' name."""
 PATIENCE_S = 300.0
 """A start takes 16 to 24 s on two idle cores, and several times that on busy ones."""
 POLICY: dict[str, Any] = {
@@ -55,9 +54,8 @@ class Vllm(Model):
         return self.pid
 
     def processes(self, title: str = "") -> list[int]:
-        """The pids of the live run whose command line begins with a title: `VLLM::EngineCore`, `VLLM::Worker`."""
-        members = self.plane.view(self.instance).members
-        return [each.pid for each in members if not title or _command(each.pid).startswith(title)]
+        """The pids of the live run whose name is a title: `VLLM::EngineCore`, `VLLM::Worker`."""
+        return [each.pid for each in self.plane.view(self.instance).members if not title or each.name == title[:NAME_CHARACTERS]]
 
     def only(self, title: str) -> int:
         """The one process of that title."""
@@ -141,9 +139,9 @@ class Scene:
         self.model, self.server = model, model.serves()
         self.before = model.processes()
         self.used, self.incidents = model.row.used, len(model.incidents())
-        assert len(self.before) >= 3, "API server, EngineCore and Worker"
+        assert len(self.before) >= 3, f"API server, EngineCore and Worker: {self.before}"
 
-    def repaired(self, *causes: str, step: str = "restart", **kill: Any) -> Incident:
+    def repaired(self, *causes: str, step: str = "restart") -> Incident:
         """
         Wait for the repair; assert cause, remedy, one restart, nothing left of the old run, one new server that answers.
         """
@@ -151,8 +149,9 @@ class Scene:
         model.serves(but=self.server)
         incident = model.recovered()
         assert incident.cause in causes, (incident.cause, incident.evidence, model.plane.store.get(f"evidence:{incident.id}"))
-        assert [each["kind"] for each in incident.steps if each["kind"] not in ("failed", "started", "ready")] == [step]
-        assert (model.row.used, len(model.incidents())) == (self.used + 1, self.incidents + 1)
+        taken = [each["kind"] for each in incident.steps if each["kind"] not in ("failed", "started", "ready")]
+        assert taken == [step], incident.steps
+        assert (model.row.used, len(model.incidents())) == (self.used + 1, self.incidents + 1), model.row
         self.alone()
         return incident
 
@@ -160,28 +159,9 @@ class Scene:
         """Nothing is left of the old run, there is one server, and it answers a completion."""
         model = self.model
         wait_until(lambda: [pid for pid in self.before if not gone(pid)], [], within_s=60)
-        assert not model.plane.view(model.instance).strays
-        mine = [each for each in _engines() if each.info["environ"].get("RECOVERY_RUN", "").startswith(f"{model.plane.home}/")]
-        titles = sorted(_command(each.pid).split("\0")[0] for each in mine if _instance(each) == model.instance)
-        assert titles == ["VLLM::EngineCore", "VLLM::Worker"]
-        assert not model.ask().startswith("error"), model.ask()
-
-
-def _engines() -> list[psutil.Process]:
-    found = []
-    for each in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if _command(each.pid).startswith("VLLM::"):
-                each.info = {"environ": each.environ()}
-                found.append(each)
-    return found
-
-
-def _instance(process: psutil.Process) -> str:
-    return str(process.info["environ"].get("RECOVERY_RUN", "")).split("/")[-2]
-
-
-def _command(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return (Path("/proc") / str(pid) / "cmdline").read_bytes().decode(errors="replace")
-    return ""
+        strays = model.plane.view(model.instance).strays
+        assert strays == (), strays
+        names = sorted(each.name for each in model.plane.view(model.instance).members if each.name.startswith("VLLM::"))
+        assert names == ["VLLM::EngineCor", "VLLM::Worker"], names
+        answer = model.ask()
+        assert not answer.startswith("error"), answer
