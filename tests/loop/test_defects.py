@@ -56,8 +56,6 @@ def test_b04_a_long_load_is_left_alone(fleet: Fleet) -> None:
     """
     times = {"health_check_interval": 0.2, "health_confirm_interval": 0.2, "hang_window_s": 1, "completion_timeout_s": 1}
     one = fleet.model("b04", "--load-s", "4", **times)
-        "b04", "--load-s", "4", health_check_interval=0.2, health_confirm_interval=0.2, hang_window_s=1, completion_timeout_s=1
-    )
     pid = one.serves()
     assert one.starts == 1
 
