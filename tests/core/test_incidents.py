@@ -1,184 +1,123 @@
-"""The record of an outage, from the failure to the end of its validation."""
+"""
+One outage, one record: opened once, followed through every further failure, closed when a repair has lasted.
+"""
 
 from typing import Any
 
 import pytest
 
 from recovery.core.change import Incident
-from recovery.core.commanding import Command, Verb, on_command
-from recovery.core.decision import Decision
-from recovery.core.failing import ExitSeen, Remedy, liveness_lost, on_exit
+from recovery.core.decision import Decision, Failure
+from recovery.core.fleet import Placement, Policy
 from recovery.core.incidents import MAX_STEPS, follow
 from recovery.core.instance import Instance
-from recovery.core.looking import on_look
+from recovery.core.postmortem import post_mortem, spans
 from recovery.core.states import State
-from recovery.core.stepping import on_spawned
-from tests.core.making import NOW, TOKEN, bad, look, row
-
-S = State
 
 
-class Story:
-    """A row and its incident, taken from decision to decision as the committer does."""
-
-    def __init__(self, before: Instance) -> None:
-        self.row, self.now = before, NOW
-        self.incident: Incident | None = None
-        self.closings = 0
-
-    def takes(self, decision: Any, task: str | None = None) -> None:
-        """Commit a decision."""
-        assert isinstance(decision, Decision)
-        current = self.incident if self.incident is not None and self.row.incident == self.incident.id else None
-        done, written = follow(self.row, decision, current, self.now, task)
-        self.closings += sum(count.name == "recovery_incidents_closed_total" for count in done.counts)
-        self.row, self.incident = done.after, written or self.incident
-
-    def fails(self, cause: str = "killed") -> None:
-        self.takes(on_exit(self.row, ExitSeen(token=self.row.run or 0, at=self.now, signal=9, cause=cause), self.now, 0.0), "task-1")
-
-    def starts(self) -> None:
-        self.now = max(self.now, self.row.not_before)
-        self.takes(on_spawned(self.row, self.row.token, self.now))
-
-    def looks(self, seconds: float, **what: Any) -> None:
-        self.now += seconds
-        self.takes(on_look(self.row, look(run=self.row.run, **{"steps": self.now, **what}), self.now, 0.0))
-
-    def commands(self, verb: Verb, **options: Any) -> None:
-        self.takes(on_command(self.row, Command(verb=verb, **options), self.now))
-
-    @property
-    def steps(self) -> list[str]:
-        assert self.incident is not None
-        return [step["kind"] for step in self.incident.steps]
+def row(state: State = State.HEALTHY, **changes: Any) -> Instance:
+    return Instance(id="m-0", model="m", policy=Policy(), placement=Placement(host="h"), state=state, run=7, token=7, **changes)
 
 
-def test_an_outage_from_end_to_end() -> None:
-    """
-    Opened with the failure, one entry per step with its task, closed when the repaired server has kept serving.
-    """
-    story = Story(row())
-
-    story.fails()
-    assert story.incident is not None and story.row.incident == story.incident.id == f"m-0-{TOKEN}"
-    assert (story.incident.cause, story.incident.closed_at, story.incident.failed_at) == ("killed", None, NOW)
-    assert story.steps == ["failed", "restart"] and story.incident.steps[1]["task"] == "task-1"
-
-    story.starts()
-    story.looks(4)
-    assert (story.incident.started_at, story.incident.ready_at, story.incident.closed_at) == (NOW + 5, NOW + 9, None)
-    assert story.steps == ["failed", "restart", "started", "ready"]
-
-    story.looks(30)
-    assert (story.incident.outcome, story.incident.closed_at, story.incident.validated_at) == ("recovered", NOW + 39, NOW + 39)
-    assert (story.row.incident, story.closings) == (None, 1)
-
-    story.looks(30)
-    assert story.closings == 1
+def failed(before: Instance, current: Incident | None, now: float, *, cause: str = "engine_died", step: str | None = "restart") -> Any:
+    """A failure of run 7, seen 0.1 s after it happened."""
+    after = before.evolve(state=State.RESTARTING, reason="starting again", token=8, run=None)
+    decision = Decision(
+        after=after, reason="starting again", failure=Failure(cause=cause, at=now - 0.1, evidence="line", token=7), step=step
+    )
+    return follow(before, decision, current, now, "task-1")
 
 
-def test_a_second_failure_goes_on_with_the_same_incident() -> None:
-    story = Story(row())
-    story.fails()
-    first = story.incident
-    story.starts()
-    story.fails("cuda_oom_load")
-    assert story.incident is not None and first is not None and story.incident.id == first.id
-    assert story.incident.cause == "killed", "the first cause is the incident's"
-    assert story.steps == ["failed", "restart", "started", "failed", "restart"]
+def moved(before: Instance, state: State, current: Incident | None, now: float, **changes: Any) -> Any:
+    return follow(before, Decision(after=before.evolve(state=state, **changes), reason=state.value), current, now)
 
 
-def test_a_failure_during_validation_goes_on_too() -> None:
-    story = Story(row())
-    story.fails()
-    story.starts()
-    story.looks(1)
-    story.fails()
-    assert story.incident is not None and story.incident.closed_at is None and story.closings == 0
+def test_an_outage_from_its_failure_to_its_end():
+    decision, opened = failed(row(), None, 100.0)
+    assert (opened.id, opened.failed_at, opened.detected_at, opened.cause) == ("m-0-7", 99.9, 100.0, "engine_died")
+    assert [step["kind"] for step in opened.steps] == ["failed", "restart"]
+    assert opened.steps[1]["task"] == "task-1"
+
+    decision, started = moved(decision.after, State.STARTING, opened, 101.0, run=8)
+    decision, ready = moved(decision.after, State.HEALTHY, started, 120.0, load_s=19.0, validate_until=130.0)
+    assert (ready.started_at, ready.ready_at, ready.closed_at, ready.steps[1]["outcome"]) == (101.0, 120.0, None, "serves")
+
+    decision, closed = follow(decision.after, Decision(after=decision.after.evolve(validate_until=None), reason="answers"), ready, 130.0)
+    assert (closed.outcome, closed.validated_at, closed.closed_at) == ("recovered", 130.0, 130.0)
+    assert decision.after.incident is None
+    assert spans(closed) == pytest.approx(
+        {"detected": 0.1, "started again": 1.1, "first good token": 20.1, "validated": 30.1, "closed": 30.1}, abs=1e-6
+    )
+    counted = {count.name: dict(count.labels).get("cause") for count in decision.counts}
+    assert counted["recovery_incidents_closed_total"] == counted["recovery_time_to_recover_seconds_sum"] == "engine_died"
 
 
-def test_a_failure_after_it_was_closed_opens_another() -> None:
-    story = Story(row())
-    story.fails()
-    story.starts()
-    story.looks(1)
-    story.looks(30)
-    first = story.incident
-    story.fails()
-    assert first is not None and story.incident is not None
-    assert story.incident.id != first.id and story.row.incident == story.incident.id
+def test_a_relapse_is_the_same_outage_and_its_step_did_not_help():
+    decision, opened = failed(row(), None, 100.0)
+    decision, started = moved(decision.after, State.STARTING, opened, 101.0)
+    decision, ready = moved(decision.after, State.HEALTHY, started, 102.0, validate_until=110.0)
+
+    decision, again = failed(decision.after, ready, 103.0, cause="cuda_oom_serving", step="override")
+
+    assert (again.id, again.cause, again.closed_at) == (opened.id, "engine_died", None)
+    assert again.steps[1]["outcome"] == "failed: cuda_oom_serving"
+    assert [step["kind"] for step in again.steps[-2:]] == ["failed", "override"]
 
 
-def test_unhealthy_for_a_moment_is_no_incident() -> None:
-    story = Story(row())
-    story.takes(on_look(story.row, bad(), NOW, 0.0))
-    assert story.row.state is S.UNHEALTHY and story.incident is None
-    story.looks(2)
-    assert story.incident is None
+def test_giving_up_closes_it_and_a_start_opens_it_again():
+    before = row()
+    after = before.evolve(state=State.FAILED, reason="every remedy was tried")
+    decision, closed = follow(
+        before, Decision(after=after, reason=after.reason, failure=Failure(cause="bad_argument", at=1.0, token=7)), None, 2.0
+    )
+    assert (closed.outcome, closed.steps[-1]["kind"], closed.steps[-1]["outcome"]) == ("failed", "give_up", "a human is needed")
+    assert decision.after.incident == closed.id
+
+    decision, reopened = moved(decision.after, State.STARTING, closed, 50.0)
+    assert (reopened.closed_at, reopened.outcome) == (None, None)
+
+    decision, _ = moved(closed_row := decision.after.evolve(state=State.FAILED), State.STOPPED, closed, 60.0)
+    assert closed_row.incident is not None and decision.after.incident is None  # stopped: the outage is no longer open
 
 
-def test_a_spent_budget_closes_it_as_failed_and_a_start_opens_it_again() -> None:
-    story = Story(row(rules={"max_restarts": 1}))
-    story.fails()
-    story.starts()
-    story.fails()
-    assert story.incident is not None
-    assert (story.row.state, story.incident.outcome, story.closings) == (S.FAILED, "failed", 1)
-    assert story.row.incident == story.incident.id, "the row still says why it is down"
+def test_an_operators_stop_ends_it():
+    decision, opened = failed(row(), None, 100.0)
 
-    story.commands(Verb.RESET)
-    story.starts()
-    assert (story.incident.closed_at, story.incident.outcome) == (None, None)
-    story.looks(1)
-    story.looks(30)
-    assert story.incident.outcome == "recovered"
+    decision, closed = moved(decision.after, State.STOPPED, opened, 101.0)
+
+    assert (closed.outcome, closed.steps[1]["outcome"], decision.after.incident) == ("stopped", "stopped", None)
 
 
-def test_the_operator_ends_it() -> None:
-    story = Story(row())
-    story.fails()
-    story.commands(Verb.STOP)
-    story.takes(Decision(after=story.row.evolve(state=S.STOPPED), reason="nothing of it is left"))
-    assert story.incident is not None and (story.incident.outcome, story.row.incident) == ("stopped", None)
+def test_a_crash_loop_does_not_grow_it_without_bound():
+    decision, incident = failed(row(), None, 100.0)
+    for number in range(200):
+        decision, incident = failed(decision.after.evolve(state=State.STARTING), incident, 101.0 + number)
+
+    assert len(incident.steps) == MAX_STEPS
+    assert incident.steps[0]["at"] == 100.0  # the first ones stay
 
 
-def test_an_operator_command_opens_none() -> None:
-    for verb in Verb:
-        story = Story(row())
-        story.commands(verb)
-        assert story.incident is None
+def test_a_healthy_row_has_none():
+    assert failed(row(), None, 100.0)[1] is not None
+    assert moved(row(State.STARTING), State.HEALTHY, None, 100.0)[1] is None
 
 
-def test_an_orderly_end_opens_none() -> None:
-    story = Story(row())
-    story.takes(on_exit(story.row, ExitSeen(token=TOKEN, at=NOW, code=0, clean=True), NOW, 0.0))
-    assert story.incident is None
+def test_a_post_mortem_tells_it_all_and_an_empty_one_does_not_break():
+    _, opened = failed(row(), None, 100.0)
+    evidence = {
+        "run": 7, "log": ["ERROR one", "ERROR two"], "arguments": ["vllm serve m"], "versions": {"vllm": "0.32.0", "driver": None},
+        "processes": [{"pid": 5, "name": "VLLM::Worker", "state": "T", "rss": 2**21}], "gpu": [{"index": 0, "lost": True}], "xids": [79],
+        "port": {"port": 8000, "held_by": {"name": "nc", "pid": 9}}, "probe": {"failures": 2, "message": "/health: refused"},
+        "metrics": {"running": 3, "look": {"waiting": 4}},
+    }  # fmt: skip
 
+    text = "\n".join(post_mortem(opened, evidence, lambda at: f"{at:.1f}", "look at the log"))
 
-def test_a_hang_is_opened_once() -> None:
-    """
-    The end that follows the kill belongs to it.
-    """
-    story = Story(row())
-    story.takes(liveness_lost(story.row, cause="engine_hang", text="no progress", evidence="", remedy=Remedy(), now=NOW, u=0.0), "task-2")
-    story.takes(on_exit(story.row, ExitSeen(token=TOKEN, at=NOW, signal=9, cause="killed"), NOW, 0.0))
-    assert story.incident is not None and story.incident.cause == "engine_hang"
-    assert story.steps.count("failed") == 1
-
-
-def test_its_steps_are_bounded_and_the_first_ones_stay() -> None:
-    story = Story(row(rules={"max_restarts": 0}))
-    for _ in range(40):
-        story.fails()
-        story.starts()
-    assert story.incident is not None and len(story.incident.steps) == MAX_STEPS
-    assert story.steps[:3] == ["failed", "restart", "started"]
-    assert story.incident.steps[-1]["attempt"] == 40
-
-
-@pytest.mark.parametrize("state", State)
-def test_a_decision_without_failure_writes_nothing(state: State) -> None:
-    before = row(state)
-    decision, incident = follow(before, Decision(after=before, reason="nothing"), None, NOW)
-    assert incident is None and decision.after == before
+    for words in (
+        "m-0-7: engine_died of m-0 on h, still open", "99.9  failed", "detected: after 0.10 s", "first good token: not reached",
+        "restart: starting again", "task task-1", "ERROR two", "vllm 0.32.0", "VLLM::Worker (T), 2 MiB", "GPU 0", "lost", "Xid       79",
+        "held by nc (pid 9)", "2 failed in a row; /health: refused", "running 3, look.waiting 4", "look at the log", "vllm serve m",
+    ):  # fmt: skip
+        assert words in text, text
+    assert "driver" not in text
+    assert list(post_mortem(opened, {}, str))
