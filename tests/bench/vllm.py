@@ -87,12 +87,12 @@ def serving_faults(tiny: Vllm) -> dict[str, Callable[[], None]]:
 
     return {
         "SIGKILL of the API server": lambda: os.kill(tiny.pid, signal.SIGKILL),
-        "SIGKILL of EngineCore": lambda: os.kill(tiny.only("VLLM::EngineCore"), signal.SIGKILL),
-        "SIGKILL of the worker": lambda: os.kill(tiny.only("VLLM::Worker"), signal.SIGKILL),
+        "SIGKILL of EngineCore": lambda: os.kill(tiny.only("EngineCore"), signal.SIGKILL),
+        "SIGKILL of the worker": lambda: os.kill(tiny.only("Worker"), signal.SIGKILL),
         "CUDA OOM while serving": lambda: in_a_step("oom"),
         "illegal memory access": lambda: in_a_step("illegal"),
         "engine hangs, busy": hang_busy,
-        "engine hangs, idle": lambda: os.kill(tiny.only("VLLM::EngineCore"), signal.SIGSTOP),
+        "engine hangs, idle": lambda: os.kill(tiny.only("EngineCore"), signal.SIGSTOP),
         "SIGSTOP of the API server": lambda: os.kill(tiny.pid, signal.SIGSTOP),
     }
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import wait_until
 from tests.loop.fleet import gone
-from tests.vllm.supervised import Scene, Servers
+from tests.vllm.supervised import Servers, serves_alone
 
 
 def test_an_oom_at_load_gets_a_smaller_context(fleet: Servers) -> None:
@@ -22,7 +22,7 @@ def test_an_oom_at_load_gets_a_smaller_context(fleet: Servers) -> None:
     assert incident.cause == "cuda_oom_load"
     assert [(step.flag, step.value, step.cause) for step in one.row.overrides] == [("--max-model-len", "1024", "cuda_oom_load")]
     assert one.row.degraded_since is not None and one.row.used == 1
-    Scene(one).alone()
+    serves_alone(one)
 
 
 def test_a_kv_cache_too_small_takes_the_number_of_the_message(fleet: Servers) -> None:
@@ -34,7 +34,7 @@ def test_a_kv_cache_too_small_takes_the_number_of_the_message(fleet: Servers) ->
     (step,) = one.row.overrides
     assert step.flag == "--max-model-len" and f"estimated maximum model length is {step.value}" in str(incident.evidence)
     assert step.value in psutil.Process(one.pid).cmdline()
-    Scene(one).alone()
+    serves_alone(one)
 
 
 @pytest.mark.parametrize(
@@ -75,4 +75,4 @@ def test_a_sigterm_from_outside_while_it_loads(fleet: Servers) -> None:
     if one.pid != server:
         wait_until(lambda: gone(server), within_s=60)
         assert one.recovered().cause == "killed"
-    Scene(one).alone()
+    serves_alone(one)

@@ -72,7 +72,7 @@ def test_sigkill_of_the_engine(tiny: Vllm) -> None:
     """
     scene = Scene(tiny)
 
-    os.kill(tiny.only("VLLM::EngineCore"), signal.SIGKILL)
+    os.kill(tiny.only("EngineCore"), signal.SIGKILL)
 
     scene.repaired("engine_died")
     assert tiny.row.last_exit is not None and tiny.row.last_exit.code == 0
@@ -81,7 +81,7 @@ def test_sigkill_of_the_engine(tiny: Vllm) -> None:
 def test_sigkill_of_the_worker(tiny: Vllm) -> None:
     scene = Scene(tiny)
 
-    os.kill(tiny.only("VLLM::Worker"), signal.SIGKILL)
+    os.kill(tiny.only("Worker"), signal.SIGKILL)
 
     scene.repaired("worker_died")
 
@@ -126,7 +126,7 @@ def test_an_engine_that_hangs_while_idle(tiny: Vllm) -> None:
     """
     scene = Scene(tiny)
 
-    os.kill(tiny.only("VLLM::EngineCore"), signal.SIGSTOP)
+    os.kill(tiny.only("EngineCore"), signal.SIGSTOP)
 
     scene.repaired("engine_hang")
 
