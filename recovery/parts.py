@@ -28,6 +28,8 @@ BACKOFF_S = (0.2, 5.0)
 """The first and the longest wait before a part that died is started again; it doubles in between."""
 STEADY_S = 10.0
 """A part that lived this long begins again at the first wait."""
+RECYCLE_S = 5.0
+"""From SIGTERM to SIGKILL for a part that does not do its work anyway."""
 LOG_BYTES, LOGS_KEPT = 10_000_000, 3
 HELD_S = 10.0
 """How long a start waits for the last one of a single part to let go of its lock."""
@@ -150,6 +152,12 @@ class Manager:
         if not self._kept:
             self._stopping.set()
 
+    def recycle(self, name: str) -> None:
+        """End a part that does not do its work; its thread starts it again. One that is down already is left to it."""
+        kept = self._kept.get(name)
+        if kept is not None:
+            kept.end_once()
+
     def _reap_strangers(self) -> None:
         """As process 1 of a container: collect what is handed down to us, but leave our own parts to their threads."""
         while not self._stopping.wait(1.0):
@@ -187,6 +195,12 @@ class _Kept:
         if child is not None:
             child.stop(within_s)
         self._thread.join()
+
+    def end_once(self) -> None:
+        """End what runs now; the next one comes as after any death."""
+        child = self._child
+        if child is not None:
+            child.stop(RECYCLE_S)
 
     def _keep(self) -> None:
         wait_s = 0.0

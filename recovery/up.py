@@ -33,6 +33,7 @@ from recovery.parts import Manager, PartRunner, Say
 from recovery.ports import Sender, Store
 from recovery.service import Service
 from recovery.settings import Settings, load_fleet, port_clashes
+from recovery.watchdog import Watchdog
 
 REST = frozenset({State.STOPPED, State.COMPLETED, State.FAILED})
 RESUME = "resume.json"
@@ -133,6 +134,9 @@ class Installation:
             self.stop()
             raise
         threading.Thread(target=self._rotate, name="rotate", daemon=True).start()
+        managed = frozenset(each.part.name for each in self.listed)
+        dog = Watchdog(self._store, self.place.settings.host, managed, self._manager.recycle, self._say)
+        threading.Thread(target=dog.run, args=(self._rotating,), name="watchdog", daemon=True).start()
 
     def _check(self) -> None:
         left = parts.find(self.place.home)

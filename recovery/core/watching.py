@@ -1,0 +1,57 @@
+"""
+Which of our own parts do not do their work though they run: a deaf worker, a clock that stopped.
+
+After a reconnect a Celery worker can be up and take nothing (CELERY-FACTS.md, sections 5 and 11): only a round trip
+through its own queue shows it. Everything here is read from Redis, by Redis' clock.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from recovery.core.instance import Value
+
+DEAF_S = 30.0
+"""Ten heartbeats without a task taken; a worker whose eight threads are busy for so long does not work either."""
+TICK_LATE_S = 15.0
+"""Beat sends a tick a second."""
+
+
+class Traces(Value):
+    """What the parts leave behind in Redis."""
+
+    now: float
+    tick_at: float | None = None
+    control_waiting: int = Field(0, description="messages in the control queue")
+    hosts: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict, description="the last heartbeat of each host, with age_s")
+
+
+def idle_parts(traces: Traces, host: str) -> dict[str, str]:
+    """The parts of this machine that run without doing their work, each with a sentence that says why."""
+    found = {}
+    beat = traces.hosts.get(host)
+    if beat is not None and (why := deaf(beat, traces.now)) is not None:
+        found["host"] = why
+    late_s = tick_age_s(traces)
+    if late_s is not None and late_s > TICK_LATE_S:
+        waiting = traces.control_waiting > 0
+        name, what = ("control", "ticks wait and none is carried out") if waiting else ("beat", "no tick is sent")
+        found[name] = f"{what}: the last was carried out {late_s:.0f} s ago"
+    return found
+
+
+def deaf(beat: Mapping[str, Any], now: float) -> str | None:
+    """Why a host's worker counts as deaf; None while it takes tasks. One that has only just come up is given its time."""
+    age_s = float(beat.get("age_s", 0.0))
+    if age_s > DEAF_S:
+        return f"no heartbeat for {age_s:.0f} s"
+    served_at = float(beat.get("served_at", 0.0))
+    up_s = float(beat.get("up_s", 0.0))
+    silent_s = now - served_at if served_at else up_s
+    return f"it beats but has taken no task for {silent_s:.0f} s" if silent_s > DEAF_S and up_s > DEAF_S else None
+
+
+def tick_age_s(traces: Traces) -> float | None:
+    """Seconds since a tick was carried out; None before the first."""
+    return traces.now - traces.tick_at if traces.tick_at is not None else None
