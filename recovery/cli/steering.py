@@ -71,7 +71,9 @@ def _note(each: InstanceView, now: float) -> str:
     if each.next_restart_at is not None and each.next_restart_at > now:
         return f"next start in {each.next_restart_at - now:.0f} s: {each.reason}"
     if each.is_healthy and each.degraded_since is not None:
-        return "degraded: " + ", ".join(f"{step.flag} {step.value or ''}".strip() for step in each.overrides)
+        since = datetime.fromtimestamp(each.degraded_since).strftime("%m-%d %H:%M")
+        changed = ", ".join(f"{step.flag} {step.value or ''}".strip() for step in each.overrides)
+        return f"degraded since {since} ({changed}) because of {', '.join(dict.fromkeys(step.cause for step in each.overrides))}"
     return each.health_message or ""
 
 

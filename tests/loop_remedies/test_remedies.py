@@ -81,7 +81,7 @@ def test_an_oom_at_load_gets_a_smaller_context_that_stays_until_a_reset(fleet: F
     degraded = next(family for family in FleetCollector(plane.store).collect() if family.name == "recovery_degraded")
     assert {sample.labels["model"]: sample.value for sample in degraded.samples}["oom"] == 1.0
     said = plane.run(sys.executable, "-m", "recovery.cli", "status").stdout
-    assert "degraded" in " ".join(said.split())
+    assert "degraded since" in " ".join(said.split()) and "because of cuda_oom_load" in " ".join(said.split()), said
 
     first = one.kill()
     one.serves(but=first)
