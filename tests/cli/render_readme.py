@@ -1,13 +1,21 @@
-"""`python -m tests.cli.render_readme`: writes the README's tables anew, from the code."""
+"""`python -m tests.cli.render_readme`: writes the tables of the README and of `docs/` anew, from the code and the measured figures."""
 
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from recovery.cli.exits import MEANINGS
+from recovery.core.causes import ADVICE, Cause
+from recovery.core.remedies import LADDERS, UNLIMITED, Rung, StepKind
 from recovery.core.states import TRANSITIONS
 from recovery.settings import settings_table
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+DOCUMENTS = (README, ROOT / "docs/architecture.md", ROOT / "docs/runbook.md")
+FIGURES = ROOT / "docs/figures/control-plane.json"
 SECTIONS = {"environment": "Environment", "fleet": "Fleet file", "model": "Model"}
 
 
@@ -37,12 +45,100 @@ def settings() -> str:
     return "\n\n".join(parts)
 
 
-BLOCKS = {"exits": exits, "states": states, "settings": settings}
+def diagram() -> str:
+    """The transition table as a Mermaid diagram: one arrow for all events of a pair."""
+    arrows = {}
+    for state, moves in TRANSITIONS.items():
+        for event, to in moves.items():
+            if to is not state:
+                arrows.setdefault((state.value, to.value), []).append(event.value)
+    lines = (f"    {one} --> {other}: {', '.join(events)}" for (one, other), events in arrows.items())
+    return "\n".join(("```mermaid", "stateDiagram-v2", *lines, "```"))
+
+
+STEPS = {
+    StepKind.RESTART: "starts it again",
+    StepKind.FREE_GPU: "ends what is left of its own earlier runs on its cards",
+    StepKind.FREE_PORT: "ends what is left of its own earlier runs on its port",
+    StepKind.OVERRIDE: "changes `{flag}`",
+    StepKind.FALLBACK_ARGS: "takes the next of `fallback_args`",
+    StepKind.OTHER_PORT: "takes another port of its range",
+    StepKind.OTHER_GPU: "takes another card that nobody uses",
+    StepKind.GIVE_UP: "gives up",
+}
+
+
+def cause(which: Cause) -> str:
+    """What is done about a cause, and what the operator is told to do."""
+    ladder = LADDERS[which]
+    steps = [_rung(rung) for rung in ladder]
+    if not steps:
+        done = "nothing: the same command line fails again for certain; the instance is `failed` at once"
+    else:
+        done = "; then ".join(steps) + ("" if ladder[-1].budget == UNLIMITED and ladder[-1].kind is StepKind.RESTART else "; then gives up")
+    return f"- **By itself:** {done}.\n- **You:** {ADVICE[which]}."
+
+
+def _rung(rung: Rung) -> str:
+    often = "" if rung.budget in (1, UNLIMITED) else f", up to {rung.budget} times"
+    return STEPS[rung.kind].format(flag=rung.flag) + often
+
+
+def figures() -> str:
+    """What was measured, from the JSON that `make bench` wrote."""
+    found: dict[str, Any] = json.loads(FIGURES.read_text())
+    return "\n\n".join((_kill(found["kill"]), _hang(found), _idle(found), _where(found)))
+
+
+def _kill(found: dict[str, Any]) -> str:
+    rows = [
+        (name, *(f"{each[part]:.1f}" for part in ("median", "p75", "max")), str(each["n"]))
+        for name, each in sorted(found.items(), key=lambda pair: pair[1]["median"] if isinstance(pair[1], dict) else 0.0)
+        if isinstance(each, dict)
+    ]
+    return f"SIGKILL of a server → its successor's exec, in milliseconds:\n\n{_table(('', 'median', 'p75', 'worst', 'n'), rows)}"
+
+
+def _hang(found: dict[str, Any]) -> str:
+    rows = [
+        (text, *(f"{found[name][part]:.1f}" for part in ("median", "max")), str(found[name]["n"]))
+        for name, text in (
+            ("hang_defaults", "the defaults (interval 30 s, time-out 10 s, `restart_delay` 5 s)"),
+            ("hang_quick", "interval 5 s, time-outs 2 s, `restart_delay` 0"),
+        )
+    ]
+    return f"A server accepts and never answers → its successor's exec, in seconds:\n\n{_table(('', 'median', 'worst', 'n'), rows)}"
+
+
+def _idle(found: dict[str, Any]) -> str:
+    few, many = found["idle_10"], found["idle_100"]
+    rows = [
+        (name, f"{few['parts'][name]:.2f}", f"{used:.2f}", f"{many['memory'][name]['rss_mb']:.0f}", f"{many['memory'][name]['uss_mb']:.0f}")
+        for name, used in sorted(many["parts"].items(), key=lambda pair: -pair[1])
+    ]
+    head = ("part", "CPU s/min at 10", "at 100", "RSS MB", "USS MB")
+    total = ("**all**", f"{few['all']:.2f}", f"{many['all']:.2f}", "", "")
+    probe = f"One more look costs {found['cpu_ms_per_probe']:.1f} ms of CPU, all parts together."
+    return f"Idle, a look at every instance each 30 s (`keepers`: one per instance, together):\n\n{_table(head, [*rows, total])}\n\n{probe}"
+
+
+def _where(found: dict[str, Any]) -> str:
+    where = found["machine"]
+    loads = (f"{text} {found[name]['load_1m']:g}" for name, text in LOADS.items())
+    machine = f"{where['cores']} cores, Linux {where['kernel'].split('-')[0]}, Python {where['python']}, {where['at']} UTC"
+    return f"{machine}. The machine had other work, load at the end of each: {', '.join(loads)}."
+
+
+LOADS = {"kill": "kill", "hang_defaults": "hang, defaults", "hang_quick": "hang, quick", "idle_10": "idle at 10", "idle_100": "at 100"}
+BLOCKS: dict[str, Callable[[], str]] = {"exits": exits, "states": states, "settings": settings, "diagram": diagram, "figures": figures}
+BLOCKS |= {f"cause {each.value}": (lambda each=each: cause(each)) for each in Cause}  # type: ignore[misc]
 
 
 def rendered(text: str) -> str:
-    """The README with its generated blocks as the code has them."""
+    """A document with its generated blocks as the code has them."""
     for name, block in BLOCKS.items():
+        if f"<!-- generated: {name} -->" not in text:
+            continue
         pattern = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         body = block()
         text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
@@ -55,4 +151,5 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(rendered(README.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(rendered(document.read_text()))

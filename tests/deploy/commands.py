@@ -23,6 +23,7 @@ ELSEWHERE = {
     "redis-cli": "tests/deploy/test_access.py::test_each_part_does_its_work_with_its_user",
     "git clone": "tests/deploy/test_first_minutes.py::test_make_up_on_a_clean_clone_and_a_kill_heals",
     "pip install": "tests/deploy/test_first_minutes.py::test_wheel_and_sdist_install_into_an_empty_environment",
+    "recovery up --fleet examples/fleet.json": "tests/deploy/test_first_minutes.py::test_wheel_and_sdist_install_into_an_empty_environment",
     "recovery --install-completion": "tests/deploy/test_first_minutes.py::test_the_shell_completes",
 }
 """By how a command begins."""
