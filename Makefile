@@ -13,12 +13,11 @@ PYTEST ?=
 JOBS ?= 2
 
 # What `.ci/run` runs beside `make test`; a share adds itself: `SHARES += test-something`.
-SHARES :=
-SHARES += test-deploy test-vllm
+SHARES := test-operate test-frontdoor test-durability test-deploy test-vllm
 # Folders of tests that belong to a share, so `make test` leaves them out.
-APART := tests/deploy
+APART := tests/api tests/browser tests/frontdoor tests/change tests/durability tests/deploy tests/vllm
 
-.PHONY: help up down status install dev check lint types layers pure test shares test-deploy test-vllm bench bench-vllm readme clean
+.PHONY: help up down status install dev check lint types layers pure test shares test-operate test-frontdoor test-durability test-deploy test-vllm bench bench-frontdoor bench-vllm readme clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -67,6 +66,15 @@ test: lint types layers ## everything: checks, pure, contract, process and comma
 
 shares: $(SHARES) ## what .ci/run runs beside `make test`
 
+test-operate: dev ## management API, metrics, alert rules, the status page in a headless Chromium
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/api $(wildcard tests/browser) $(PYTEST)
+
+test-frontdoor: dev ## the front door on simulated replicas, rolls and changed fleet files under load
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/frontdoor $(wildcard tests/change) $(PYTEST)
+
+test-durability: dev ## random walks through a simulated world, a cut at every step, chaos on real processes
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/durability $(PYTEST)
+
 test-deploy: dev ## compose, units, access rules, packages, a clean clone, every command of the README
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/deploy $(PYTEST)
 
@@ -74,6 +82,9 @@ test-vllm: dev ## a real vLLM on CPU (built once into the cache, 3.5 GB), broken
 	@if tests/vllm/setup/build.sh; then $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/vllm --durations 15 $(PYTEST); \
 	elif [ -n "$$CI" ]; then exit 1; \
 	else echo "test-vllm: skipped, because a vLLM for CPU cannot be installed here (above is why); in CI this fails"; fi
+
+bench-frontdoor: dev ## the front door beside nginx, vllm-router and no proxy at all
+	$(BIN)/python -m tests.bench.frontdoor $(ARGS)
 
 bench-vllm: dev ## seconds from each fault to the first good token of a real vLLM, into docs/figures/vllm.json; about 15 minutes
 	@tests/vllm/setup/build.sh
