@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-import psutil
 from celery import Celery
 
 from recovery import part_list, wiring
@@ -67,9 +66,9 @@ def _free(port: int) -> bool:
 
 
 class Plane:
-    """One home with its Redis and its parts. `environ` is added to that of the parts, `of` to that of one of them."""
+    """One home with its Redis and its parts. `of` is added to the environment of single parts."""
 
-    def __init__(self, *, of: Mapping[str, Mapping[str, str]] | None = None, prefix: Mapping[str, tuple[str, ...]] | None = None) -> None:
+    def __init__(self, *, of: Mapping[str, Mapping[str, str]] | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="loop-"))
         self.home = self.folder / "home"
         self.home.mkdir()
@@ -97,7 +96,7 @@ class Plane:
         self.wired = wiring.build(self.settings)
         self.store = self.wired.store
         self.host = Processes(self.home)
-        self.of, self._prefix = of or {}, prefix or {}
+        self.of = of or {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         url = self.wired.url
         self.app = Celery("test", broker=url.celery, backend=url.result_backend, set_as_current=False)
@@ -131,7 +130,7 @@ class Plane:
         environ = {**self.environ, **listed.part.env, **self.of.get(name, {})}
         with self.log_file(name).open("ab") as log:
             self._processes[name] = subprocess.Popen(
-                [*self._prefix.get(name, ()), *listed.part.argv],
+                listed.part.argv,
                 env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, start_new_session=True,
             )  # fmt: skip
         return listed
@@ -226,17 +225,9 @@ class Plane:
 
     def _end_parts(self) -> None:
         for name, process in list(self._processes.items()):
-            for each in [*_descendants(process.pid), process.pid]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(each, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGCONT)
             self.end(name)
-
-
-def _descendants(pid: int) -> list[int]:
-    """Its children that are of its own session (a part started through a wrapper), never a keeper or a model."""
-    with contextlib.suppress(psutil.Error):
-        return [child.pid for child in psutil.Process(pid).children() if os.getsid(child.pid) == pid and "celery" in child.cmdline()]
-    return []
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -54,7 +55,7 @@ def test_b04_a_long_load_is_left_alone(fleet: Fleet) -> None:
     """
     Also the load after a restart: failed looks of the last run do not count for the next.
     """
-    times = {"health_check_interval": 0.2, "health_confirm_interval": 0.2, "hang_window_s": 1, "completion_timeout_s": 1}
+    times: dict[str, Any] = {"health_check_interval": 0.2, "health_confirm_interval": 0.2, "hang_window_s": 1, "completion_timeout_s": 1}
     one = fleet.model("b04", "--load-s", "4", **times)
     pid = one.serves()
     assert one.starts == 1
