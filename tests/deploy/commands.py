@@ -15,6 +15,7 @@ ELSEWHERE = {
     "make test": ".ci/run",
     "make test-vllm": "Makefile",
     "make bench": "Makefile",
+    "make shares": ".ci/run",
     "docker compose": "tests/deploy/test_compose.py::test_every_service_becomes_healthy_and_a_model_heals",
     "sh examples/deploy/secrets.sh": "tests/deploy/test_compose.py::test_every_secret_is_demanded_and_none_has_a_default",
     "recovery systemd print": "tests/deploy/test_systemd.py::test_systemd_itself_takes_them",
