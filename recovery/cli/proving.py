@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 def chaos(
     seconds: Annotated[float, typer.Option("--seconds", min=5, max=86_400, help="how long to break things")] = 60.0,
     seed: Annotated[int | None, typer.Option("--seed", help="the same faults again [default: by chance]", show_default=False)] = None,
-    only: Annotated[list[str] | None, typer.Option("--only", help="only this kind of fault; may be given often", show_default=False)] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="only this kind of fault; often, if need be", show_default=False)] = None,
     keep: Annotated[bool, typer.Option("--keep", help="keep its folder afterwards")] = False,
     json: Json = False,
 ) -> int:
