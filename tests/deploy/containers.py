@@ -139,7 +139,8 @@ class Container:
         assert self.process is not None
         if self.process.poll() is not None:
             pytest.fail(f"{self.name} has ended:\n{self.log.read_text(errors='replace')[-3000:]}")
-        inside = ["nsenter", f"--target={self.process.pid}", "--mount", "--net", "--root", *(["--user"] if os.getuid() else []), "--"]
+        user = ["--user", "--preserve-credentials"] if os.getuid() else []
+        inside = ["nsenter", f"--target={self.process.pid}", *user, "--mount", "--net", "--root", "--"]
         return subprocess.run(
             [*inside, *command], env=self.environ, capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL
         )
