@@ -33,13 +33,16 @@ FLEET = """{
   "llmModels": {
     "a": {"hosts": ["h1", "h2"], "replicas": 2, "max_restarts": 2, %(policy)s},
     "b": {"host": "h1", "restart_policy": "always", "max_restarts": 0, %(rest)s},
-    "c": {"host": "h2", "restart_policy": "no", %(rest)s}
+    "c": {"host": "h2", "restart_policy": "no", %(rest)s},
+    "d": {"host": "h2", "restart_policy": "always", "max_restarts": 0, %(bare)s}
   }
 }"""
-REST = """"command": "sim", "args": ["--port", "{port}"], "endpoints": {"base_url": "http://{host}:{port}/v1"},
-    "restart_delay": 1, "max_restart_delay": 4, "health_check_interval": 5, "health_confirm_interval": 1, "startup_timeout_s": 20,
+ONE = """{"port_range": [9100, 9120], "llmModels": {"b": {"host": "h1", "restart_policy": "always", "max_restarts": 0, %(rest)s}}}"""
+BARE = """"command": "sim", "restart_delay": 1, "max_restart_delay": 4, "health_check_interval": 5, "health_confirm_interval": 1,
+    "startup_timeout_s": 20,
     "stable_s": 30, "stop_grace_s": 3, "kill_deadline_s": 6, "drain_timeout_s": 2, "busy_limit_s": 60, "hang_window_s": 5,
     "validate_s": 2"""
+REST = f""""args": ["--port", "{{port}}"], "endpoints": {{"base_url": "http://{{host}}:{{port}}/v1"}}, {BARE}"""
 
 
 class Cut(BaseException):
@@ -159,6 +162,8 @@ class SimHost:
         kept, current = self.of(instance), self.current(instance)
         if current is None or not current.server:
             raise SpawnError(f"cannot adopt {instance}: nothing lives")
+        if self.disk_full:
+            raise DiskError(f"cannot record a run of {instance}: no space")
         if current.keeper:
             raise LeaseHeldError(f"cannot adopt {instance}: its keeper lives")
         current.keeper, current.frozen_keeper = True, False
@@ -215,6 +220,10 @@ class SimHost:
 
     def protect(self, instance: str, token: int) -> None:
         return
+
+    def keeper_lives(self, instance: str) -> bool:
+        run = self.current(instance)
+        return run is not None and run.keeper
 
     # --- what happens to it ---
 
@@ -332,9 +341,9 @@ class _Hook:
 class World:
     """Two hosts, one Redis, one queue, the whole loop."""
 
-    def __init__(self, store: Any, clock: ManualClock) -> None:
+    def __init__(self, store: Any, clock: ManualClock, fleet: str = FLEET) -> None:
         self.store, self.clock = store, clock
-        self.fleet = load_fleet_text(FLEET % {"policy": f'"restart_policy": "on-failure", {REST}', "rest": REST}, "h1")
+        self.fleet = load_fleet_text(fleet % {"policy": f'"restart_policy": "on-failure", {REST}', "rest": REST, "bare": BARE}, "h1")
         self.plans = {planned.id: planned for planned in plan(self.fleet)}
         self.ids = tuple(self.plans)
         self.bag = Bag(self)
@@ -343,6 +352,7 @@ class World:
         self.ghosts = {name: Ghost() for name in self.ids}
         self.step = 0
         self._hook: _Hook | None = None
+        self.watched: dict[str, set[str]] = {}
         self.workers = {name: self._worker(host) for name, host in self.hosts.items()}
         self.service = Service(store, self.bag, lambda: self.fleet)
         self._saved: deque[tuple[float, object]] = deque(maxlen=8)
@@ -352,6 +362,7 @@ class World:
         self._save()
 
     def _worker(self, host: SimHost) -> HostService:
+        self.watched[host.name] = watched = set()
         return HostService(
             name=host.name,
             store=Tap(self.store, self, host, remote=True),
@@ -361,6 +372,7 @@ class World:
             clocks=Clocks(wall=host.wall, chance=lambda: 0.5),
             operator_env={},
             repairs=Repairs(host, _Cards(), _Cards(), {}, Path("/")),
+            on_run=lambda instance: watched.add(instance),
         )
 
     # --- what must never happen ---
@@ -414,13 +426,15 @@ class World:
     # --- hooks at the ports ---
 
     @contextmanager
-    def hooked(self, at: int, what: str, nested: Callable[[], None] | None = None) -> Iterator[None]:
+    def hooked(self, at: int, what: str, nested: Callable[[], None] | None = None) -> "Iterator[_Hook]":
         """At the port call number `at` the worker dies "before" or "after" it, its "answer" is lost, or `nested` comes in "between"."""
-        self._hook = _Hook(at, what, nested)
+        self._hook = hook = _Hook(at, what, nested)
         try:
-            yield
+            yield hook
         except Cut:
-            pass
+            for name in self.hosts:  # what a worker knew in memory is gone with it
+                self.workers[name] = self._worker(self.hosts[name])
+                self.join(name)
         finally:
             self._hook = None
 
@@ -464,8 +478,21 @@ class World:
         self._quietly(lambda: self.workers[self.plans[instance].placement.host].reconcile(instance))
 
     def ended(self, instance: str) -> None:
-        """The watcher saw a keeper go."""
-        self._quietly(lambda: self.workers[self.plans[instance].placement.host].ended(instance))
+        """The watcher wakes for an instance: if the keeper that it watches is gone, it acts as `workers/watcher.py` does."""
+        host = self.hosts[self.plans[instance].placement.host]
+        watched = self.watched[host.name]
+        if instance not in watched or host.keeper_lives(instance):
+            return
+        try:
+            done = self.workers[host.name].ended(instance)
+        except StoreUnavailableError:
+            done = False
+        except RecoveryError:
+            done = True
+        if done:
+            watched.discard(instance)
+            if host.keeper_lives(instance):
+                watched.add(instance)
 
     def deliver(self, message: Message) -> None:
         worker = self.workers[message.queue.removeprefix("gpu.")]
@@ -491,6 +518,8 @@ class World:
 
     def _look(self, run: SimRun | None, row: Instance) -> Look:
         assert row.run is not None
+        if row.base_url is None:
+            return Look(run=row.run, http=False)
         if run is None or not run.server or run.token != row.run or self.clock.now - run.spawned_at < LOAD_S:
             return Look(run=row.run, health="refused", models="refused", message="refused")
         if run.hung:
@@ -520,6 +549,7 @@ class World:
         for instance, planned in self.plans.items():
             if planned.placement.host == host:
                 self.ghosts[instance].allowed += 1
+        self._hook = None  # nobody is in the middle of anything any more
         self.workers[host] = self._worker(self.hosts[host])
         self.join(host)
 
@@ -567,6 +597,8 @@ class World:
                     run.stuck = False
         for tick in range(ticks):
             self.step += 1
+            for instance in self.ids:
+                self.ended(instance)
             if tick % 5 == 0:
                 for name in self.hosts:
                     self.join(name)
@@ -588,15 +620,15 @@ class World:
             alive = [run.token for host in self.hosts.values() for run in host.of(instance).runs.values() if run.lives]
             if row is None:
                 found.append(f"{instance} has no row")
-            elif not _rests(row, alive):
+            elif not _rests(row, alive, kept=self.hosts[row.placement.host].keeper_lives(instance)):
                 found.append(f"{instance} is {row.state.value}, wanted {row.desired.value}, run {row.run}, alive {alive}: {row.reason}")
         return found
 
 
-def _rests(row: Instance, alive: list[int]) -> bool:
+def _rests(row: Instance, alive: list[int], *, kept: bool) -> bool:
     match row.state.value:
         case "healthy":
-            return row.desired is Desired.RUNNING and alive == [row.run]
+            return row.desired is Desired.RUNNING and alive == [row.run] and kept
         case "unhealthy" if row.policy.restart_policy == "no":
             return alive == [row.run]  # reported, not touched
         case "stopped":
@@ -625,7 +657,7 @@ class MemoryWorldStore(MemoryStore):
         super().restore(pickle.loads(saved) if isinstance(saved, bytes) else saved)
 
 
-def memory_world() -> World:
+def memory_world(fleet: str = FLEET) -> World:
     """A world on the store in memory."""
     clock = ManualClock()
-    return World(MemoryWorldStore(clock), clock)
+    return World(MemoryWorldStore(clock), clock, fleet)

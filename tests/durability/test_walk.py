@@ -29,7 +29,7 @@ COMMON = {
     "phases": (Phase.generate, Phase.shrink),
     "report_multiple_bugs": False,
 }
-INSTANCES = ("a-0", "a-1", "b-0", "c-0")
+INSTANCES = ("a-0", "a-1", "b-0", "c-0", "d-0")
 HOSTS = ("h1", "h2")
 instances, hosts, picks = st.sampled_from(INSTANCES), st.sampled_from(HOSTS), st.integers(0, 59)
 cuts = st.integers(0, 14)
@@ -217,11 +217,11 @@ class Walk(RuleBasedStateMachine):
 
     # --- the operator ---
 
-    @rule(model=st.sampled_from("abc"), verb=st.sampled_from((Verb.START, Verb.STOP, Verb.RESTART, Verb.CHECK, Verb.RESET)))
+    @rule(model=st.sampled_from("abcd"), verb=st.sampled_from((Verb.START, Verb.STOP, Verb.RESTART, Verb.CHECK, Verb.RESET)))
     def operator(self, model: str, verb: Verb) -> None:
         self.world.command(model, verb)
 
-    @rule(model=st.sampled_from("abc"), stay_down=st.booleans())
+    @rule(model=st.sampled_from("abcd"), stay_down=st.booleans())
     def operator_forces(self, model: str, stay_down: bool) -> None:
         self.world.command(model, Verb.STOP, force=True, stay_down=stay_down)
 
