@@ -8,6 +8,7 @@ from typing import Any
 
 from recovery.cli.exits import MEANINGS
 from recovery.core.causes import ADVICE, Cause
+from recovery.core.continuation import REASONS
 from recovery.core.remedies import LADDERS, UNLIMITED, Rung, StepKind
 from recovery.core.states import TRANSITIONS
 from recovery.settings import settings_table
@@ -30,6 +31,11 @@ def states() -> str:
     for state, moves in TRANSITIONS.items():
         rows.append((f"`{state.value}`", ", ".join(f"{event.value} → `{to.value}`" for event, to in moves.items())))
     return _table(("state", "when → next"), rows)
+
+
+def reasons() -> str:
+    """Which streams are not continued, and why."""
+    return _table(("code", "why the stream ends with an error event instead"), [(f"`{code}`", text) for code, text in REASONS.items()])
 
 
 def settings() -> str:
@@ -130,7 +136,7 @@ def _where(found: dict[str, Any]) -> str:
 
 
 LOADS = {"kill": "kill", "hang_defaults": "hang, defaults", "hang_quick": "hang, quick", "idle_10": "idle at 10", "idle_100": "at 100"}
-BLOCKS: dict[str, Callable[[], str]] = {"exits": exits, "states": states, "settings": settings, "diagram": diagram, "figures": figures}
+BLOCKS: dict[str, Callable[[], str]] = {"exits": exits, "states": states, "settings": settings, "reasons": reasons, "diagram": diagram, "figures": figures}
 BLOCKS |= {f"cause {each.value}": (lambda each=each: cause(each)) for each in Cause}  # type: ignore[misc]
 
 
