@@ -136,7 +136,14 @@ def _where(found: dict[str, Any]) -> str:
 
 
 LOADS = {"kill": "kill", "hang_defaults": "hang, defaults", "hang_quick": "hang, quick", "idle_10": "idle at 10", "idle_100": "at 100"}
-BLOCKS: dict[str, Callable[[], str]] = {"exits": exits, "states": states, "settings": settings, "reasons": reasons, "diagram": diagram, "figures": figures}
+BLOCKS: dict[str, Callable[[], str]] = {
+    "exits": exits,
+    "states": states,
+    "settings": settings,
+    "reasons": reasons,
+    "diagram": diagram,
+    "figures": figures,
+}
 BLOCKS |= {f"cause {each.value}": (lambda each=each: cause(each)) for each in Cause}  # type: ignore[misc]
 
 
