@@ -169,8 +169,18 @@ def stop(model: Vllm) -> None:
     model.reaches("stopped")
 
 
-def run(only: list[str]) -> dict[str, Any]:
-    """All figures."""
+def figures(bare: list[float], rows: dict[str, Row]) -> dict[str, Any]:
+    """What has been measured so far."""
+    return {
+        "what": "seconds; a real vLLM 0.32 on CPU with a tiny model; restart_delay 0, health_check_interval 2, hang_window_s 5",
+        "bare_start_s": {"median": round(statistics.median(bare), 1), "each": [round(each, 1) for each in bare]},
+        "faults": rows,
+        "machine": {"cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 1)},
+    }
+
+
+def run(only: list[str], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """All figures; `keep` gets them anew after each fault."""
     rows: dict[str, Row] = {}
 
     def wanted(name: str) -> bool:
@@ -179,20 +189,15 @@ def run(only: list[str]) -> dict[str, Any]:
     def note(name: str, row: Row) -> None:
         rows[name] = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
         sys.stderr.write(f"{name}: {rows[name]}\n")
+        keep(figures(bare, rows))
 
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         bare = [bare_start(Path(folder)) for _ in range(BARE_STARTS)]
-        sys.stderr.write(f"bare starts: {bare}\n")
-        for measure in (measure_serving, measure_loading, measure_stop):
-            with plane() as made, servers(made) as fleet:
-                measure(fleet, wanted, note)
-    load = os.getloadavg()[0]
-    return {
-        "what": "seconds; a real vLLM 0.32 on CPU with a tiny model; restart_delay 0; health_check_interval 2, hang_window_s 5",
-        "bare_start_s": {"median": round(statistics.median(bare), 1), "each": [round(each, 1) for each in bare]},
-        "faults": rows,
-        "machine": {"cores": os.cpu_count(), "load_average": round(load, 1)},
-    }
+    sys.stderr.write(f"bare starts: {bare}\n")
+    for measure in (measure_serving, measure_loading, measure_stop):
+        with plane() as made, servers(made) as fleet:
+            measure(fleet, wanted, note)
+    return figures(bare, rows)
 
 
 def main() -> None:
@@ -200,12 +205,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--only", nargs="*", default=[], help="only these faults, by their names in the table")
     given = parser.parse_args()
-    result = run(given.only)
-    text = json.dumps(result, indent=1) + "\n"
-    if given.json is not None:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(text)
-    sys.stdout.write(text)
+
+    def keep(result: dict[str, Any]) -> None:
+        if given.json is not None:
+            given.json.parent.mkdir(parents=True, exist_ok=True)
+            given.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    sys.stdout.write(json.dumps(run(given.only, keep), indent=1) + "\n")
 
 
 if __name__ == "__main__":
