@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCUMENTS = (README, ROOT / "docs/architecture.md", ROOT / "docs/runbook.md")
 FIGURES = ROOT / "docs/figures/control-plane.json"
+VLLM_FIGURES = ROOT / "docs/figures/vllm.json"
 SECTIONS = {"environment": "Environment", "fleet": "Fleet file", "model": "Model"}
 
 
@@ -135,6 +136,25 @@ def _where(found: dict[str, Any]) -> str:
     return f"{machine}. The machine had other work, load at the end of each: {', '.join(loads)}."
 
 
+def vllm() -> str:
+    """What `make bench-vllm` measured on a real vLLM."""
+    found = json.loads(VLLM_FIGURES.read_text())
+    head = ("fault", "cause", "what was done", "until it ended", "seen after", "next exec after", "first good token after")
+    keys = ("to_end_s", "to_detect_s", "to_exec_s", "to_first_token_s")
+    rows = [
+        (name, f"`{row['cause']}`", f"`{row['remedy']}`", *(_seconds(row[key]) for key in keys)) for name, row in found["faults"].items()
+    ]
+    bare, machine = found["bare_start_s"], found["machine"]
+    return (
+        f"{_table(head, rows)}\n\nIn seconds. A bare `vllm serve` took {bare['median']:g} s from exec to its first token in the same run "
+        f"({machine['cores']} cores, load average {machine['load_average']:g})."
+    )
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
 LOADS = {"kill": "kill", "hang_defaults": "hang, defaults", "hang_quick": "hang, quick", "idle_10": "idle at 10", "idle_100": "at 100"}
 BLOCKS: dict[str, Callable[[], str]] = {
     "exits": exits,
@@ -143,6 +163,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "reasons": reasons,
     "diagram": diagram,
     "figures": figures,
+    "vllm": vllm,
 }
 BLOCKS |= {f"cause {each.value}": (lambda each=each: cause(each)) for each in Cause}  # type: ignore[misc]
 
