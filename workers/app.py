@@ -7,7 +7,7 @@ Every setting that is not Celery's default was measured; CELERY-FACTS.md's secti
 from typing import Any
 
 from celery import Celery, signals
-from kombu.transport.redis import Channel
+from kombu.transport.redis import Channel, Transport
 
 from beat_schedule import BEAT_SCHEDULE
 from recovery.core.fleet import VISIBILITY_TIMEOUT_S
@@ -17,6 +17,9 @@ from recovery.wiring import redis_url
 # A Celery 5.7 worker that holds an ETA message dies when Redis restarts, unless unacked messages are left alone (section 0).
 # The price is paid by the rows: what is not handed back is delivered again by the tick.
 Channel.do_restore = False
+# A Redis that refuses writes (MISCONF on a full disk, maxmemory) ends a worker at its next BRPOP, for that is no connection error to
+# kombu. For us it is one: something to be waited out, with the host's watcher at work meanwhile.
+Transport.connection_errors = (*Transport.connection_errors, *Transport.channel_errors)
 
 
 def make_app() -> Celery:
