@@ -15,6 +15,7 @@ from recovery.api import routes_fleet, routes_models, routes_page, routes_watch
 from recovery.api.auth import Gate, Reader
 from recovery.api.board import Board
 from recovery.api.commands import Commands
+from recovery.api.schemas import Problem
 from recovery.api.state import Shared
 from recovery.api.tasks import TaskQueue
 from recovery.api.web import Json, Shield, install_errors
@@ -74,7 +75,8 @@ def create_app(settings: Settings, store: Store, queue: TaskQueue, limits: RateL
 
 def _document(app: FastAPI) -> dict[str, Any]:
     document = app.openapi()
-    document.setdefault("components", {})["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    document["components"]["schemas"]["Problem"] = Problem.model_json_schema()
+    document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     open_paths = ("/livez", "/readyz", "/api/session")
     for path, methods in document["paths"].items():
         for operation in methods.values():

@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from recovery import __version__
 from recovery.api.auth import COOKIE, SESSION_S, Caller, Gate, Reader
 from recovery.api.limits import limited
-from recovery.api.schemas import GpuView, HostList, HostView, Problem, TaskView, WhoView, answers
+from recovery.api.schemas import PROBLEM, GpuView, HostList, HostView, TaskView, WhoView, answers
 from recovery.api.state import Here
 from recovery.api.web import Json
 from recovery.metrics import FleetCollector
@@ -19,7 +19,7 @@ router = APIRouter(tags=["fleet"])
 bare = APIRouter(tags=["health"])
 
 TaskId = Annotated[str, Path(pattern=r"^[0-9a-f-]{36}$", max_length=36, description="as a command answered it")]
-READY: dict[int | str, dict[str, Any]] = {503: {"model": Problem, "description": "Redis is away, or the clock does not tick"}}
+READY: dict[int | str, dict[str, Any]] = {503: {"content": PROBLEM, "description": "Redis is away, or the clock does not tick"}}
 TICK_LATE_S = 15.0
 
 

@@ -182,6 +182,10 @@ class LoadList(Shown):
     loads: dict[str, LoadView]
 
 
+PROBLEM: Final[dict[str, Any]] = {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+"""Told so, and not by `model`: FastAPI would file it under the type of the good answer (text, a stream)."""
+
+
 def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The documented statuses of a request: those given, and those that any request may have."""
     said = {
@@ -197,4 +201,4 @@ def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
         503: "Redis or the model's host is away; see Retry-After",
     }
     every = (*statuses, 400, 401, 403, 413, 422, 503)
-    return {status: {"model": Problem, "description": said[status]} for status in sorted(set(every))}
+    return {status: {"description": said[status], "content": PROBLEM} for status in sorted(set(every))}
