@@ -126,7 +126,7 @@ class Plane:
         return f"{'alive' if self.alive(name) else 'ended'}: ...{self.log_file(name).read_text(errors='replace')[-2000:]}"
 
     def _start(self, name: str) -> part_list.Listed:
-        listed: part_list.Listed = getattr(part_list, name)(self.settings, self.store)
+        listed = next(each for each in part_list.all_parts(self.settings, self.store) if each.part.name == name)
         environ = {**self.environ, **listed.part.env, **self.of.get(name, {})}
         with self.log_file(name).open("ab") as log:
             self._processes[name] = subprocess.Popen(
