@@ -29,6 +29,8 @@ from tests.bench.measured import Measured, child_model, simulated
 from tests.helpers import wait_until
 
 PATIENCE_S = 300.0
+APART_S = 8.0
+"""Between two servers that hang, on average: it is the time to find one that is asked for, not that of thirty at once."""
 OURS = "vllm-recovery"
 Figures = dict[str, Any]
 
@@ -102,7 +104,7 @@ def results(made: Measured) -> list[dict[str, Any]]:
 
 
 def hang(count: int, **policy: Any) -> Figures:
-    """Seconds from the moment a server answers nothing more to its successor's exec; all at once, each at its own moment."""
+    """Seconds from the moment a server answers nothing more to its successor's exec; one after another, at moments of their own."""
     chance = random.Random(2)
     with tempfile.TemporaryDirectory(prefix="rb-") as place:
         journal = Path(place) / "journal"
@@ -112,9 +114,10 @@ def hang(count: int, **policy: Any) -> Figures:
             made.up()
             interval_s = float(policy.get("health_check_interval", 30.0))
             time.sleep(interval_s)  # by then every server has been looked at, at a moment of its own
+            spread_s = max(interval_s, APART_S * count)
             hung: dict[str, float] = {}
             threads = [
-                threading.Thread(target=_hang_one, args=(name, spec, chance.uniform(0, interval_s), hung)) for name, spec in models.items()
+                threading.Thread(target=_hang_one, args=(name, spec, chance.uniform(0, spread_s), hung)) for name, spec in models.items()
             ]
             for thread in threads:
                 thread.start()
