@@ -11,6 +11,9 @@ ARGS ?=
 PYTEST ?=
 # Most tests wait for processes; two at a time keep two cores busy. Tests of one file share what they started.
 JOBS ?= 2
+# In CI a test of real processes that failed is tried once more, and the summary counts it as "rerun": a look worth taking.
+RERUNS := $(if $(CI),--reruns 1,)
+RUN := -n $(JOBS) --dist loadfile $(RERUNS)
 
 # What `.ci/run` runs beside `make test`; a share adds itself: `SHARES += test-something`.
 SHARES := test-operate test-frontdoor test-durability test-deploy test-vllm
@@ -62,24 +65,24 @@ pure: dev
 	$(BIN)/python -m pytest tests/core
 
 test: lint types layers ## everything: checks, pure, contract, process and command line tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not vllm' $(addprefix --ignore=,$(APART)) $(PYTEST)
+	$(BIN)/python -m pytest $(RUN) -m 'not vllm' $(addprefix --ignore=,$(APART)) $(PYTEST)
 
 shares: $(SHARES) ## what .ci/run runs beside `make test`
 
 test-operate: dev ## management API, metrics, alert rules, the status page in a headless Chromium
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/api $(wildcard tests/browser) $(PYTEST)
+	$(BIN)/python -m pytest $(RUN) tests/api $(wildcard tests/browser) $(PYTEST)
 
 test-frontdoor: dev ## the front door on simulated replicas, rolls and changed fleet files under load
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/frontdoor $(wildcard tests/change) $(PYTEST)
+	$(BIN)/python -m pytest $(RUN) tests/frontdoor $(wildcard tests/change) $(PYTEST)
 
 test-durability: dev ## random walks through a simulated world, a cut at every step, chaos on real processes
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/durability $(PYTEST)
+	$(BIN)/python -m pytest $(RUN) tests/durability $(PYTEST)
 
 test-deploy: dev ## compose, units, access rules, packages, a clean clone, every command of the README
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/deploy $(PYTEST)
+	$(BIN)/python -m pytest $(RUN) tests/deploy $(PYTEST)
 
 test-vllm: dev ## a real vLLM on CPU (built once into the cache, 3.5 GB), broken in every way; 10 to 15 minutes
-	@if tests/vllm/setup/build.sh; then $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/vllm --durations 15 $(PYTEST); \
+	@if tests/vllm/setup/build.sh; then $(BIN)/python -m pytest $(RUN) tests/vllm --durations 15 $(PYTEST); \
 	elif [ -n "$$CI" ]; then exit 1; \
 	else echo "test-vllm: skipped, because a vLLM for CPU cannot be installed here (above is why); in CI this fails"; fi
 
