@@ -134,6 +134,8 @@ def test_it_fits_and_every_text_can_be_read(new_page: NewPage, live: Live, width
     for name, path, sign in (("fleet", "/", "[role=listitem]"), ("model", "/models/vllm", ".timeline li")):
         page.goto(path)
         expect(page.locator(sign).first).to_be_visible()
+        if name == "model":
+            expect(page.locator(".log span").first).to_be_attached()
         page.screenshot(path=shots / f"{name}-{width}-{'dark' if dark else 'light'}.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut off at the side"
         for selector in (".badge", ".dim", "h1", ".cell .name", "button"):

@@ -93,7 +93,7 @@ async function begin() {
     fill(byId("main"), loginView());
     return;
   }
-  fill(byId("who"), state.me.secure ? `role ${state.me.role}` : "");
+  fill(byId("who"), state.me.secure ? [h("span", { class: "word" }, "role "), state.me.role] : "");
   byId("session").hidden = state.me.by !== "session";
   fill(byId("session"), "Log out");
   follow();

@@ -39,10 +39,10 @@ export function logPanel(path) {
   async function restart() {
     close();
     fill(pre);
-    fill(said);
+    fill(said, "Reading the log…");
     await runs();
     if (run.value) {
-      try { put((await ask(`${path}/logs?lines=2000&run=${run.value}${query()}`)).lines); } catch (problem) { fill(said, problem.message); }
+      try { put((await ask(`${path}/logs?lines=2000&run=${run.value}${query()}`)).lines); fill(said); } catch (problem) { fill(said, problem.message); }
       return;
     }
     let seen = null;
