@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.vllm)
             if item.get_closest_marker("timeout") is None:
-                item.add_marker(pytest.mark.timeout(1200))
+                item.add_marker(pytest.mark.timeout(2400))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,7 +15,7 @@ from tests.loop.fleet import Fleet, Model, gone
 from tests.loop.plane import Plane, free_ports
 from tests.vllm.server import ENVIRONMENT, FLAGS, HOME
 
-PATIENCE_S = 300.0
+PATIENCE_S = 600.0
 """A start takes 16 to 24 s on two idle cores, and several times that on busy ones."""
 POLICY: dict[str, Any] = {
     "restart_policy": "on-failure", "max_restarts": 0, "restart_delay": 0.2, "max_restart_delay": 0.2, "restart_jitter": 0,
