@@ -345,6 +345,7 @@ def test_a_hang_leaves_its_processes_in_the_evidence(fleet: Fleet, plane: Plane)
     kept = plane.store.get(f"evidence:{incident.id}")
     assert {each["pid"] for each in kept["processes"]} >= {first, engine}
     assert kept["probe"]["failures"] >= 2
+    assert (kept["metrics"]["run"], kept["metrics"]["running"]) == (incident.token, 0)  # what it last said of itself
     assert incident.failed_at is not None and incident.detected_at is not None and incident.detected_at > incident.failed_at
 
 
