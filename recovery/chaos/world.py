@@ -108,6 +108,10 @@ class World:
                 view = self.host.look(name)
                 if view.run is not None and view.keeper_alive:
                     self.resume(view.run.keeper_pid)
+                if view.run is not None:
+                    self.host.kill(name, view.run.token)
+                    if view.keeper_alive and not view.server_alive and not view.strays:
+                        self.host.end_keeper(name, view.run.token)
                 self.host.end_strays(name)
             time.sleep(0.1)
 

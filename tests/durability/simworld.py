@@ -192,9 +192,10 @@ class SimHost:
         run.keeper = False
         return True
 
-    def end_strays(self, instance: str, except_token: int | None = None) -> tuple[Stray, ...]:
-        for token in list(self.of(instance).runs):
-            if token != except_token:
+    def end_strays(self, instance: str) -> tuple[Stray, ...]:
+        current = self.current(instance)
+        for token, run in list(self.of(instance).runs.items()):
+            if run is not current or not (run.server or run.keeper):
                 self.kill(instance, token)
         return ()
 
