@@ -63,6 +63,8 @@ class Board:
         self._rows: dict[str, Instance] = {}
         self._models: dict[str, tuple[Instance, ...]] = {}
         self._hosts: dict[str, dict[str, Any]] = {}
+        self._alive: frozenset[str] = frozenset()
+        self._hosts_read_at = 0.0
         self._clock_offset = 0.0
         self._fresh_at: float | None = None
         self._problem: str | None = "cannot answer yet: the fleet's state is being read"
@@ -111,7 +113,7 @@ class Board:
     @property
     def alive(self) -> frozenset[str]:
         """The hosts that have a fresh heartbeat."""
-        return frozenset(host for host, beat in self._hosts.items() if beat.get("alive", True))
+        return self._alive
 
     def age_s(self, host: str) -> float | None:
         """Seconds since a host was last heard from; None when it never was."""
@@ -146,7 +148,7 @@ class Board:
         """Return the same as JSON. What did not change since the last call is not made anew; only uptimes move."""
         self.check()
         now = self.now
-        models = [self._cached(model).at(now) for model in tuple(self._models)]
+        models = [self._cached(model).at(now) for model in self._models]
         return orjson.dumps({"models": models, "total": len(models), "at": now})
 
     def model_json(self, model: str) -> bytes:
@@ -165,9 +167,9 @@ class Board:
             self._watches.discard(watch)
 
     def _cached(self, model: str) -> "_Cached":
-        rows, alive = self._models[model], self.alive
+        rows, alive = self._models[model], self._alive
         cached = self._cache.get(model)
-        if cached is None or cached.rows is not rows or cached.alive != alive & cached.hosts:
+        if cached is None or cached.rows is not rows or not cached.fits(alive):
             cached = self._cache[model] = _Cached(rows, alive, self.now)
         return cached
 
@@ -205,9 +207,12 @@ class Board:
             position = changes[-1].id
         else:
             replace = known is not None
-        hosts, now = self._store.known_hosts(), self._store.now()
-        hosts = {name: {**beat, "at": now - float(beat["age_s"])} for name, beat in hosts.items()}
-        self._call(self._learn, known or {}, gone, replace, hosts, now - self._loop.time())
+        self._call(self._learn, known or {}, gone, replace)
+        if self._loop.time() - self._hosts_read_at >= FOLLOW_S or replace:  # not for each of many changes a second
+            self._hosts_read_at = self._loop.time()
+            hosts, now = self._store.known_hosts(), self._store.now()
+            hosts = {name: {**beat, "at": now - float(beat["age_s"])} for name, beat in hosts.items()}
+            self._call(self._learn_hosts, hosts, now - self._loop.time())
         return position
 
     def _call(self, what: Any, *args: Any) -> None:
@@ -216,23 +221,29 @@ class Board:
 
     # On the event loop
 
-    def _learn(
-        self, rows: Mapping[str, Instance], gone: set[str], replace: bool, hosts: dict[str, dict[str, Any]], clock_offset: float
-    ) -> None:
-        before, alive_before = self._rows, self.alive
-        self._clock_offset, self._hosts = clock_offset, hosts
-        self._fresh_at, self._problem = self._loop.time(), None
+    def _learn(self, rows: Mapping[str, Instance], gone: set[str], replace: bool) -> None:
+        before = self._rows
         if replace:
             self._rows = dict(rows)
             touched = {row.model for row in (*before.values(), *rows.values()) if before.get(row.id) != self._rows.get(row.id)}
         else:
             touched = {row.model for row in rows.values()} | {before[each].model for each in gone if each in before}
-            self._rows = {key: row for key, row in {**before, **rows}.items() if key not in gone}
+            before.update(rows)
+            for each in gone:
+                before.pop(each, None)
         self._regroup(touched)
-        flipped = alive_before ^ self.alive
-        if flipped:
-            touched |= {row.model for row in self._rows.values() if row.placement.host in flipped}
+        self._tell(touched)
+
+    def _learn_hosts(self, hosts: dict[str, dict[str, Any]], clock_offset: float) -> None:
+        """Comes after `_learn`: only what is known of rows, hosts and clock together may be told."""
+        alive = frozenset(host for host, beat in hosts.items() if beat.get("alive", True))
+        flipped = alive ^ self._alive
+        self._clock_offset, self._hosts, self._alive = clock_offset, hosts, alive
+        self._fresh_at, self._problem = self._loop.time(), None
         self._first.set()
+        self._tell({row.model for row in self._rows.values() if row.placement.host in flipped} if flipped else set())
+
+    def _tell(self, touched: set[str]) -> None:
         if touched:
             for watch in self._watches:
                 watch.tell(touched)
@@ -256,10 +267,19 @@ class _Cached:
 
     def __init__(self, rows: tuple[Instance, ...], alive: frozenset[str], now: float) -> None:
         self.rows = rows
-        self.hosts = frozenset(row.placement.host for row in rows)
-        self.alive = alive & self.hosts
+        self._hosts = frozenset(row.placement.host for row in rows)
+        self._alive = alive
         self._shown = model_view(rows, now, alive).model_dump(mode="json")
         self._running = [each for each in self._shown["instances"] if each["started_at"] is not None]
+
+    def fits(self, alive: frozenset[str]) -> bool:
+        """Whether the same of its hosts live as when it was rendered."""
+        if alive is self._alive:
+            return True
+        same = self._hosts & alive == self._hosts & self._alive
+        if same:
+            self._alive = alive  # the next question is answered at once
+        return same
 
     def at(self, now: float) -> dict[str, Any]:
         """Return the model as it is at `now`. The dict is this object's own: serialise it before the next call."""

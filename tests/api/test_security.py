@@ -193,6 +193,7 @@ def test_the_page_may_load_nothing_from_elsewhere(api: Api):
         "/api/llm/models/vllm/logs?lines=0",
         "/api/llm/models/vllm/logs?lines=10001",
         "/api/llm/models/vllm/events?after=*",
+        "/api/llm/models/vllm/events?after=27600509109948590944-5",
         "/api/tasks/..%2f..%2fetc",
         "/static/../auth.py",
         "/static/..%2fauth.py",
