@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -84,3 +85,11 @@ def test_every_operation_says_what_it_does_and_which_errors_it_has(make_api: Mak
             if status >= "4":
                 assert answer["content"]["application/json"]["schema"]["$ref"].endswith("/Problem"), (path, status)
     assert document["paths"]["/api/llm/models"]["get"]["responses"]["200"]["content"]["application/json"]["example"]["total"] == 1
+
+
+def test_the_documentation_names_every_path(make_api: MakeApi, fleet: Fleet, worker: Worker, host: None):
+    document = guarded(make_api, fleet, worker).client.get("/openapi.json").json()
+    there = {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods}
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+
+    assert set(re.findall(r"`((?:GET|POST|DELETE) /[^`?]*)`", text)) - {"GET /openapi.json"} == there
