@@ -168,8 +168,22 @@ class Host(Protocol):
         log_bytes: int,
         log_files: int,
         keep_logs: int,
+        lease_s: float | None = None,
     ) -> RunRecord:
-        """Start a keeper with this run; raise `SpawnError`, `DiskError` or `LeaseHeldError`."""
+        """
+        Start a keeper with this run; raise `SpawnError`, `DiskError` or `LeaseHeldError`.
+
+        With `lease_s` the keeper ends the server when `renew` has not been called for so long.
+        """
+
+    def boot_clock(self) -> float:
+        """Return the seconds since this host's boot, suspended time included: no administrator turns it back."""
+
+    def renew(self, instance: str, until: float) -> bool:
+        """Put off the end of a leased run to an instant of the boot clock; False when its lease is over: that end stands."""
+
+    def leased(self, instance: str) -> bool:
+        """Return whether the newest run was started with a lease."""
 
     def adopt(self, instance: str) -> RunRecord:
         """Start a keeper for a server whose keeper died."""

@@ -12,6 +12,7 @@ from recovery.core.instance import Instance, Value
 from recovery.core.states import State
 from recovery.errors import UnknownModelError
 from recovery.ports import Queue, Sender, Store, Webhook
+from recovery.rescheduling import Rescheduler
 from recovery.roller import Roller
 
 TICK_ONCE_MS = 800
@@ -41,6 +42,7 @@ class Service:
         self.committer = Committer(store, sender)
         self._webhook = webhook
         self.roller = Roller(store, self.committer, fleet)
+        self.rescheduler = Rescheduler(store, self.committer, fleet)
 
     def rows_of(self, model: str) -> tuple[Instance, ...]:
         """Return the rows of a model, replicas in order; raise `UnknownModelError` with the ids there are."""
@@ -81,7 +83,6 @@ class Service:
             return 0
         now = self.store.now()
         self.store.put("tick", now, ttl_s=86_400)
-        self.roller.advance()
         alive, sent = self.store.hosts(), 0
         for host in self.store.hosts_with_rows():
             if host not in alive:
@@ -94,6 +95,8 @@ class Service:
                 if row.due is not None:
                     self.committer.deliver(row, now)
                     sent += 1
+        self.rescheduler.advance()
+        self.roller.advance()  # last: a roll that cannot go on holds up no repair
         return sent
 
     def incident(self, incident_id: str) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ Callers hold `step_lock` around whatever changes something.
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -88,6 +89,7 @@ class Processes:
         deadline_file: Path | None = None,
         cwd: Path | None = None,
         keep_logs: int = 10,
+        lease_s: float | None = None,
     ) -> RunRecord:
         """
         Start a run and return its record; the server is past its exec by then, and that is all it is.
@@ -98,6 +100,11 @@ class Processes:
         """
         self._refuse_if_locked(instance)
         run_logs.prune(self.disk.prepare(instance), max(keep_logs - 1, 1))
+        if lease_s is not None:
+            deadline_file = self._deadline(instance)
+            self._write_deadline(instance, self.boot_clock() + lease_s)
+        else:
+            self._deadline(instance).unlink(missing_ok=True)
         bounds = {"kill_deadline_s": kill_deadline_s, "log_bytes": log_bytes, "log_files": log_files}
         spec = {**bounds, "argv": list(argv), "deadline_file": None if deadline_file is None else str(deadline_file)}
         answer = self._keepers.start(instance, token, spec, env, cwd)
@@ -116,6 +123,29 @@ class Processes:
             raise SpawnError(f"cannot adopt {instance}: no server of a recorded run lives; its end is for the next look")
         self._refuse_if_locked(instance)
         return self._started(instance, run.token, self._keepers.adopt(instance, run))
+
+    def boot_clock(self) -> float:
+        """Seconds since the boot, by the clock that keepers read deadlines on."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def renew(self, instance: str, until: float) -> bool:
+        """
+        Put off the end of a leased run; `DiskError` when that cannot be written.
+
+        False when the lease is over: somebody else may have started it elsewhere, so that end stands.
+        """
+        try:
+            present = float(self._deadline(instance).read_text())
+        except (OSError, ValueError):
+            return False
+        if self.boot_clock() >= present:
+            return False
+        self._write_deadline(instance, until)
+        return True
+
+    def leased(self, instance: str) -> bool:
+        """Whether the newest run was started with a lease."""
+        return self._deadline(instance).exists()
 
     def keeper_pidfd(self, instance: str) -> int | None:
         """A descriptor that becomes readable when the run's keeper ends, to be closed by the caller; None if it has."""
@@ -229,6 +259,19 @@ class Processes:
         if answer.kind == "spawn":
             raise SpawnError(f"{text}; correct the command in the fleet file, or install it on this host")
         raise SpawnError(f"{text}; see {self.disk.folder(instance) / 'keeper.log'}")
+
+    def _deadline(self, instance: str) -> Path:
+        return self.disk.folder(instance) / "deadline"
+
+    def _write_deadline(self, instance: str, until: float) -> None:
+        """In one step, so that a keeper never reads half a number. Not synced: a boot ends the run anyway."""
+        path = self._deadline(instance)
+        try:
+            written = path.with_suffix(".tmp")
+            written.write_text(repr(until))
+            written.replace(path)
+        except OSError as error:
+            raise DiskError(f"cannot write {path}: {error.strerror}; free space or mend the permissions of {path.parent}") from error
 
     def _run(self, instance: str) -> RunRecord | None:
         return self.disk.read(instance, "run.json", RunRecord)

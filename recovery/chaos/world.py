@@ -33,6 +33,7 @@ DISK_BYTES = 24 << 20
 MOUNTED = "RECOVERY_CHAOS_DISK"
 """Set when this process may mount a disk of its own (see `run`)."""
 START_S = 180.0
+SERVER_PORTS = 20
 
 # Short times, so that a run of 90 s sees many repairs; on a loaded machine a healthy server must still be told from a hung one.
 POLICY = {
@@ -54,14 +55,15 @@ class World:
         self.disk = _mounted(self.instances)
         (self.home / "logs").mkdir()
         fleet_file = self.home / "fleet.json"
-        fleet_file.write_text(json.dumps(fleet_of(self.journal, _ports(20))))
+        port = _ports(SERVER_PORTS + 1)
+        fleet_file.write_text(json.dumps(fleet_of(self.journal, port)))
         self.settings = load_settings(
             {
                 "RECOVERY_HOME": str(self.home),
                 "RECOVERY_RUN_DIR": str(self.run_dir),
                 "RECOVERY_FLEET": str(fleet_file),
                 "RECOVERY_HOST": "chaos",
-                "RECOVERY_API_PORT": str(_ports(1)),
+                "RECOVERY_API_PORT": str(port + SERVER_PORTS),
             }
         )
         self.fleet: Fleet = load_fleet(fleet_file, "chaos")
@@ -242,7 +244,7 @@ def fleet_of(journal: Path, first_port: int) -> dict[str, object]:
         return {"command": sys.executable, "args": args, "endpoints": {"base_url": "http://127.0.0.1:{port}/v1"}, **POLICY, **policy}
 
     return {
-        "port_range": [first_port, first_port + 19],
+        "port_range": [first_port, first_port + SERVER_PORTS - 1],
         "llmModels": {
             "pair": model("--load-s", "0.3", replicas=2),
             "always": model("--load-s", "0.3", "--orphan", restart_policy="always"),

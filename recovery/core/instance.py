@@ -108,6 +108,7 @@ class Instance(Value):
 
     token: int = Field(0, description="highest token issued")
     run: int | None = Field(None, description="token of the run alive")
+    leased: bool = Field(False, description="its keeper ends that run when no worker has renewed its lease")
     last_ended: int = 0
     not_before: float = 0.0
     due: float | None = Field(None, description="next delivery of a step; None = nothing to do")

@@ -199,6 +199,15 @@ class SimHost:
                 self.kill(instance, token)
         return ()
 
+    def boot_clock(self) -> float:
+        return self._world.clock.now
+
+    def leased(self, instance: str) -> bool:
+        return False
+
+    def renew(self, instance: str, until: float) -> bool:
+        return False
+
     def keeper_pidfd(self, instance: str) -> int | None:
         return None
 
