@@ -199,7 +199,8 @@ def _parts(place: Place) -> list[str]:
 
 def test_nothing_is_lost_when_a_log_is_cut(place: Place) -> None:
     """Two parts and the live file hold every line while they are enough for it."""
-    script = "import time\nfor n in range(9000): print('line', n)\nprint('end', flush=True)\ntime.sleep(1000)\n"
+    text = "''.join(f'line {n}\\n' for n in range(9000)) + 'end\\n'"  # in one write: no cut can fall into the middle of it
+    script = f"import os, time\nos.write(1, ({text}).encode())\ntime.sleep(1000)\n"
     place.up([sys.executable, "-c", script], log_bytes=50_000, log_files=4)
     wait_until(lambda: "".join(_parts(place)).endswith("end\n"))
     wait_until(lambda: place.log.stat().st_size, 0)
