@@ -15,6 +15,7 @@ import platform
 import random
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -26,6 +27,7 @@ from typing import Any
 
 from tests.bench import peers
 from tests.bench.measured import Measured, child_model, simulated
+from tests.cli.installation import ROOT
 from tests.helpers import wait_until
 
 PATIENCE_S = 300.0
@@ -165,8 +167,12 @@ def idle(count: int, minutes: float) -> Figures:
         made.close()
 
 
-def per_probe(few: Figures, many: Figures) -> float:
-    """CPU milliseconds that one more look costs all parts together: what 90 more instances add, two looks a minute each."""
+def per_look(few: Figures, many: Figures) -> float:
+    """
+    CPU milliseconds of all parts per look, when there is one instance more: what 90 more add, at two looks a minute each.
+
+    More than the look alone: keepers, reconciling and the door's own looks grow with the instances too.
+    """
     return round((many["all"] - few["all"]) / (2 * (many["instances"] - few["instances"])) * 1000, 2)
 
 
@@ -184,6 +190,12 @@ def machine() -> Figures:
     }
 
 
+def commit() -> str:
+    """Which code it was; figures of several runs may end up in one file (`--only`)."""
+    said = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return said.stdout.strip() or "unknown"
+
+
 QUICK = {"health_check_interval": 5, "health_check_timeout": 2, "completion_timeout_s": 2, "restart_delay": 0, "restart_jitter": 0}
 
 
@@ -199,10 +211,10 @@ def everything(rounds: int, hung: int, minutes: float, only: list[str]) -> Figur
     }
     for name, step in steps.items():
         if not only or name.split("_")[0] in only:
-            found[name] = {**step(), "load_1m": round(os.getloadavg()[0], 2)}
+            found[name] = {**step(), "load_1m": round(os.getloadavg()[0], 2), "commit": commit()}
             print(name, json.dumps(found[name], indent=1), flush=True)
     if {"idle_10", "idle_100"} <= set(found):
-        found["cpu_ms_per_probe"] = per_probe(found["idle_10"], found["idle_100"])
+        found["cpu_ms_per_instance_and_look"] = per_look(found["idle_10"], found["idle_100"])
     return found
 
 

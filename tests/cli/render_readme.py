@@ -125,15 +125,19 @@ def _idle(found: dict[str, Any]) -> str:
     ]
     head = ("part", "CPU s/min at 10", "at 100", "RSS MB", "USS MB")
     total = ("**all**", f"{few['all']:.2f}", f"{many['all']:.2f}", "", "")
-    probe = f"One more look costs {found['cpu_ms_per_probe']:.1f} ms of CPU, all parts together."
+    slope = found["cpu_ms_per_instance_and_look"]
+    probe = (
+        f"From 10 to 100 instances all parts together use {slope:.1f} ms more per look; that holds what else grows with the instances "
+        "(keepers, reconciling, the door's looks). Memory is that at 100."
+    )
     return f"Idle, a look at every instance each 30 s (`keepers`: one per instance, together):\n\n{_table(head, [*rows, total])}\n\n{probe}"
 
 
 def _where(found: dict[str, Any]) -> str:
     where = found["machine"]
-    loads = (f"{text} {found[name]['load_1m']:g}" for name, text in LOADS.items())
+    loads = (f"{text} {found[name]['load_1m']:g} ({found[name]['commit']})" for name, text in LOADS.items())
     machine = f"{where['cores']} cores, Linux {where['kernel'].split('-')[0]}, Python {where['python']}, {where['at']} UTC"
-    return f"{machine}. The machine had other work, load at the end of each: {', '.join(loads)}."
+    return f"{machine}. Load of the machine at the end of each (and commit): {', '.join(loads)}."
 
 
 def vllm() -> str:
