@@ -44,7 +44,9 @@ def test_the_window_is_one_to_two_minutes_of_looks():
 
 def test_a_new_run_begins_a_new_window():
     assert load_of([after(look(0, seen=100), look(30, run=2, seen=5))], now=30).finished == {"stop": 0}  # type: ignore[union-attr]
-    assert load_of([after(look(0, seen=100), look(30, seen=5))], now=30).finished == {"stop": 0}, "a counter that fell"  # type: ignore[union-attr]
+    fell = load_of([after(look(0, seen=100), look(30, seen=5), look(59, seen=20))], now=60)
+    assert fell is not None
+    assert fell.finished == {"stop": 15}, "a counter that fell belongs to a new process"
 
 
 def test_replicas_are_added_before_percentiles_are_taken():
