@@ -74,9 +74,11 @@ def drill(fleet: Fleet, fault: Fault, hands: Notes, *happens: str, **options: An
             fleet.store.add_event("vllm", ModelEvent(kind=kind, text=kind, data={"instance": "vllm-0", "cause": "killed"}))
 
     thread = threading.Thread(target=happen, daemon=True)
-    thread.start()
+    if happens:
+        thread.start()
     report = run_drill(fleet.store, look, hands, HOST, "vllm", fault, **options)
-    thread.join(60)
+    if happens:
+        thread.join(60)
     return report
 
 
