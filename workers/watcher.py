@@ -19,6 +19,7 @@ from celery.worker import WorkController
 
 from recovery import wiring
 from recovery.errors import ConfigError, HostAwayError, RecoveryError, StoreUnavailableError
+from recovery.host_logs import Seen, keep_tails
 from recovery.host_service import HostService
 from workers.app import app
 from workers.looks import Looks
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 BEAT_S = 3.0
 BEAT_TTL_S = 10.0
 RECONCILE_S = 5.0
+TAILS_S = 10.0
 """Heartbeat every 3 s, gone after 10 s (CELERY-FACTS.md, section 7); a host that is lost is shown within 15 s."""
 
 _current: "HostWorker | None" = None
@@ -59,6 +61,8 @@ class HostWorker:
         self._poll.register(self._wake_r, select.EPOLLIN)
         self._stop = threading.Event()
         self._served_at = 0.0
+        self._tails: Seen = {}
+        self._tailed_at = 0.0
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
     def start(self) -> None:
@@ -126,6 +130,7 @@ class HostWorker:
                     joined_at = time.monotonic()
                 self._wiring.store.beat(self.name, self._facts(), BEAT_TTL_S)
                 self._sender.send("recovery.served", {"host": self.name}, queue=host_queue(self.name), expires_s=BEAT_TTL_S)
+                self._keep_tails()
             except StoreUnavailableError as error:
                 log.warning("%s", error)
             except ConfigError as error:
@@ -133,6 +138,12 @@ class HostWorker:
             except Exception:
                 log.exception("cannot join the fleet; trying again")
             self._stop.wait(BEAT_S)
+
+    def _keep_tails(self) -> None:
+        """The last lines of each log, for when this host is away; only logs that grew are read."""
+        if time.monotonic() - self._tailed_at >= TAILS_S:
+            self._tailed_at = time.monotonic()
+            keep_tails(self.service, self._tails)
 
     def _facts(self) -> dict[str, Any]:
         host = self.service.host
