@@ -6,17 +6,18 @@ no harm. The order is always: disk before row, row before deed.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from recovery.committing import Committer
 from recovery.core import braking, incidents, joining, stepping
 from recovery.core.change import ModelEvent
-from recovery.core.decision import Action, Decision, Failure
+from recovery.core.decision import Action, Decision, Failure, due_at
 from recovery.core.failing import ExitSeen, Remedy, on_exit, on_spawn_failed, unkillable
 from recovery.core.fleet import Fleet, InstancePlan, ModelSpec, digest, launch_digest
 from recovery.core.fleet_plan import plan
-from recovery.core.host import ExitRecord, HostView
+from recovery.core.host import ExitRecord, HostRecord, HostView
 from recovery.core.instance import Desired, Instance, Value
 from recovery.core.launch import PORT, Launch, launch
 from recovery.core.looking import Look, on_look
@@ -35,6 +36,9 @@ from recovery.errors import (
 from recovery.ports import Host, Sender, Store
 from recovery.repairing import Repairs
 
+EARLY_S = 0.1
+"""How much before its time a step is still taken: messages are timed by another clock than rows (as CLAIM_EARLY_S)."""
+DISK_LOOK_S = 5.0
 CLAIM_S = 10.0
 """Lease of a start: how long another hand keeps off; a spawn takes 12 ms, a step never more than 2 s."""
 BRAKED_LOOK_S = 1.0
@@ -59,6 +63,15 @@ class _Ended(NamedTuple):
 
     before: Instance
     decision: Decision
+
+
+class _Place(NamedTuple):
+    """One instance of the fleet file with what its row carries of the file; worked out once per file."""
+
+    planned: InstancePlan
+    spec: ModelSpec
+    digest: str
+    hosts: tuple[str, ...]
 
 
 class Clocks(Value):
@@ -92,6 +105,9 @@ class HostService:
         self.on_run = on_run
         self._env = operator_env
         self._committer = Committer(store, sender)
+        self._planned: tuple[Fleet | None, Mapping[str, _Place]] = (None, {})
+        self._met: dict[str, int] = {}
+        self._alive: dict[str, int] = {}
 
     # --- start ---------------------------------------------------------------------------------------------------
 
@@ -103,6 +119,8 @@ class HostService:
                     return self._start(self.store.claim(instance_id, token, CLAIM_S))
                 except LeaseHeldError as error:
                     return Started(outcome="held", reason=str(error))
+                except DiskError as error:
+                    return self._not_yet(instance_id, token, str(error), DISK_LOOK_S)
         except StaleTokenError as error:
             return Started(outcome="refused", reason=str(error))
         except LeaseHeldError as error:
@@ -116,10 +134,7 @@ class HostService:
         view = self.host.look(row.id)
         raised = joining.caught_up(row, view.record, self.store.now())
         if raised != row:
-            self._apply(
-                row.id,
-                lambda now_row, now: Decision(after=joining.caught_up(now_row, view.record, now), reason="raised to the host's record"),
-            )
+            self._raise(row.id, view)
             if raised.token != row.token:
                 return Started(outcome="refused", reason="this host has seen a newer token; the row is raised")
             row = raised
@@ -145,7 +160,7 @@ class HostService:
                 if verdict.end_strays:
                     self._end_all(row.id, view)
                     self._end_left_overs()
-                return self._wait(row, verdict.why, stepping.LOOK_AGAIN_S)
+                return self._blocked(row, view, verdict.why)
             case "spawn":
                 why = self._why_wait(row, fleet)
                 return self._wait(row, why, BRAKED_LOOK_S) if why is not None else self._spawn(row, fleet, spec, made)
@@ -178,7 +193,7 @@ class HostService:
 
     def _spawn(self, row: Instance, fleet: Fleet, spec: ModelSpec, made: Launch) -> Started:
         try:
-            self.host.write_record(row.id, joining.recorded(row, self.host.read_record(row.id), started_at=self.clocks.wall()))
+            self._write(row.id, joining.recorded(row, self.host.read_record(row.id), started_at=self.clocks.wall()))
             self.host.spawn(
                 row.id,
                 row.token,
@@ -188,6 +203,7 @@ class HostService:
                 log_bytes=fleet.log_max_bytes // 2,
                 log_files=2,
                 keep_logs=fleet.log_runs_kept,
+                lease_s=row.policy.lease_s if row.policy.reschedule else None,
             )
         except SpawnError as error:
             return self._spawn_failed(row, error)
@@ -197,7 +213,7 @@ class HostService:
             return self._wait(row, str(error), stepping.LOOK_AGAIN_S)
         placement = row.placement.model_copy(update={"port": made.port})
         place: dict[str, object] = {"placement": placement, "planned": row.planned, "base_url": made.base_url, "overrides": row.overrides}
-        place["launched"] = launch_digest(spec)
+        place |= {"launched": launch_digest(spec), "leased": row.policy.reschedule}
         return self._spawned(row, place, adopted=False)
 
     def _spawned(self, row: Instance, place: Mapping[str, object], *, adopted: bool) -> Started:
@@ -210,7 +226,7 @@ class HostService:
         if self._apply(row.id, decide) is None:
             self.host.kill(row.id, row.token)
             return Started(outcome="refused", reason="a newer decision was taken meanwhile; the server is ended again")
-        self.on_run(row.id)
+        self._lives(row.id, row.token)
         return Started(outcome="adopted" if adopted else "started", token=row.token)
 
     def _spawn_failed(self, row: Instance, error: SpawnError, *, retry: bool | None = None) -> Started:
@@ -239,7 +255,20 @@ class HostService:
         return self._spawn_failed(row, SpawnError(f"cannot start {row.id}: {why}; end it or give the model another port"), retry=True)
 
     def _wait(self, row: Instance, why: str, wait_s: float) -> Started:
-        self._apply(row.id, lambda now_row, now: stepping.not_yet(now_row, why, now, wait_s) if now_row.token == row.token else None)
+        return self._not_yet(row.id, row.token, why, wait_s)
+
+    def _not_yet(self, instance_id: str, token: int, why: str, wait_s: float) -> Started:
+        self._apply(instance_id, lambda row, now: stepping.not_yet(row, why, now, wait_s) if row.token == token else None)
+        return Started(outcome="waits", reason=why)
+
+    def _blocked(self, row: Instance, view: HostView, why: str) -> Started:
+        """Something of an older run is in the way: looked at again until it is gone, or for `kill_deadline_s`."""
+        decision = self._apply(
+            row.id, lambda now_row, now: stepping.blocked(now_row, view, why, now) if now_row.token == row.token else None
+        )
+        if decision is not None and decision.after.state is State.FAILED:
+            self._remember(decision.after)
+            return Started(outcome="failed", reason=decision.reason)
         return Started(outcome="waits", reason=why)
 
     def _adopt(self, row: Instance, view: HostView) -> Started:
@@ -266,6 +295,8 @@ class HostService:
         row = self.store.load(instance_id)
         if row is None:
             return "no such row"
+        if row.due is None or self.store.now() < row.not_before - EARLY_S:
+            return "not yet"  # each step sends the message of the next: a message that came twice must not make two trains of them
         view = self.host.look(instance_id)
         if view.gone is not None and view.gone.left and view.strays and not view.keeper_alive:
             left = ", ".join(f"{stray.name} (pid {stray.pid}, {stray.state})" for stray in view.strays)
@@ -277,7 +308,7 @@ class HostService:
             self._afterwards(ended, view)
             return "reported its end"
         if row.state in ENDING or row.state in PROBED:
-            self.host.write_record(instance_id, joining.recorded(row, view.record))
+            self._write(instance_id, joining.recorded(row, view.record))
         in_flight = self.in_flight(row)
         decision = self._apply(instance_id, lambda now_row, now: stepping.on_ending(now_row, view, in_flight, now))
         if decision is None:
@@ -330,10 +361,11 @@ class HostService:
         """
         try:
             with self.host.step_lock(instance_id):
+                self._alive.pop(instance_id, None)  # whatever becomes of this, the next join looks at it
                 view = self.host.look(instance_id)
-                if view.server_alive and not view.keeper_alive:
+                if view.run is not None and view.server_alive and not view.keeper_alive:
                     self.host.adopt(instance_id)
-                    self.on_run(instance_id)
+                    self._lives(instance_id, view.run.token)
                     return True
                 ended = self._report_end(instance_id, view)
         except LeaseHeldError:
@@ -348,6 +380,8 @@ class HostService:
         row = self.store.load(instance_id)
         if record is None or row is None or not row.last_ended < record.token <= row.token:
             return None
+        if row.state in ENDING and (view.keeper_alive or view.strays):
+            return None  # over is over only when nothing of it is left; the next step looks again
         seen = self._exit_seen(row, record, view)
         if view.strays:
             self.host.end_strays(instance_id)
@@ -358,6 +392,7 @@ class HostService:
         decision = self._apply(row.id, decide)
         if decision is None:
             return None
+        self._alive.pop(instance_id, None)
         after = decision.after
         if after.state is not State.RESTARTING or after.not_before > self.store.now() + SOON_S:
             self._remember(after)
@@ -379,7 +414,10 @@ class HostService:
         """Raise a row that is behind to what this host has seen: Redis lost its last second, or everything."""
 
         def decide(row: Instance, now: float) -> Decision:
-            return Decision(after=joining.caught_up(row, view.record, now), reason="raised to the host's record")
+            after = joining.caught_up(row, view.record, now)
+            if after.state is State.RESTARTING and after.token != row.token:
+                after = after.evolve(lease_until=0.0, **due_at(now))  # the message of the higher token is lost
+            return Decision(after=after, reason="raised to the host's record")
 
         self._apply(instance_id, decide)
 
@@ -396,12 +434,35 @@ class HostService:
             found = self.repairs.collect(row, failure.token, self.fleet(), view)
         except (OSError, DiskError, ConfigError) as error:  # a repair does not wait for its papers
             found = {"missing": str(error)[:300]}
-        traffic = self.store.get(f"traffic:{row.id}")
+        traffic = (self.store.get(f"traffic:{row.id}") or {}).get("last")  # what its server last said of itself
         self.store.put(f"evidence:{incidents.incident_id(row, failure)}", {**found, "metrics": traffic}, EVIDENCE_TTL_S)
 
     def _remember(self, row: Instance) -> None:
         """Bring the host's own record up to the row: what it needs to know when Redis has forgotten."""
-        self.host.write_record(row.id, joining.recorded(row, self.host.read_record(row.id)))
+        self._write(row.id, joining.recorded(row, self.host.read_record(row.id)))
+
+    def _write(self, instance_id: str, record: HostRecord) -> None:
+        self.host.write_record(instance_id, record)
+        self._met[instance_id] = max(record.token, self._met.get(instance_id, 0))
+
+    # --- leases --------------------------------------------------------------------------------------------------
+
+    def renew(self, heard_at: float) -> None:
+        """
+        Put off the end of this host's leased runs; called after Redis has taken a heartbeat that was sent at `heard_at`.
+
+        In that order no lease reaches further than the age of the heartbeat tells, which is what makes a move safe
+        (core/leasing.py). A run whose model may not move any more gets a lease without end, once its row says that it
+        has none; a row says that its run has one only when that is on disk.
+        """
+        for instance_id in list(self._alive):
+            row = self.store.load(instance_id) if self.host.leased(instance_id) else None
+            if row is None:
+                continue
+            if not row.policy.reschedule and not row.leased:
+                self.host.renew(instance_id, math.inf)
+            elif not row.policy.reschedule or self.host.renew(instance_id, heard_at + row.policy.lease_s):
+                self._apply(instance_id, _lease_said)
 
     # --- looks ---------------------------------------------------------------------------------------------------
 
@@ -460,36 +521,58 @@ class HostService:
 
     # --- joining -------------------------------------------------------------------------------------------------
 
-    def join(self) -> None:
+    def join(self) -> dict[str, str]:
         """
         Bring Redis and this host together: rows for what the file and the disk know, ends reported, servers taken over.
 
-        Called before the first heartbeat, whenever the fleet file changed, and when Redis turns out to have forgotten.
+        Called before the first heartbeat and every few seconds. Only an instance whose row does not fit what this host
+        knows of it is looked at, so that a hundred healthy ones cost milliseconds. One that cannot be joined hinders no
+        other: its problem is in the answer, by its id.
         """
         fleet = self.fleet()
-        mine = {planned.id: planned for planned in plan(fleet) if planned.placement.host == self.name}
-        rows = {row.id: row for row in self.store.load_many(tuple(mine))}
-        known = frozenset(self.host.instances())
-        for planned in mine.values():
-            row = rows.get(planned.id)
-            with self._alone(planned.id):
-                if row is not None and row.placement.host != self.name:
-                    self._yield(row)
-                else:
-                    self._join_one(fleet, planned, row, known=planned.id in known)
-        for row in self.store.load_all():
-            if row.placement.host == self.name and row.id not in mine:
-                with self._alone(row.id):
+        places = self._places(fleet)
+        rows = {row.id: row for row in self.store.load_all()}
+        problems: dict[str, str] = {}
+        for instance_id, place in places.items():
+            if place.planned.placement.host == self.name:
+                with self._alone(instance_id, problems):
+                    self._join_one(place, rows.get(instance_id))
+        for row in rows.values():
+            at = places.get(row.id)
+            if row.placement.host == self.name and (at is None or at.planned.placement.host != self.name):
+                with self._alone(row.id, problems):
                     self.reconcile(row.id) if self._may_stay(row, fleet) else self._retire(row)
+        return problems
 
     @contextlib.contextmanager
-    def _alone(self, instance_id: str) -> Iterator[None]:
+    def _alone(self, instance_id: str, problems: dict[str, str]) -> Iterator[None]:
         """What cannot be done for one instance (its folder is full, damaged or walled off) is said in its row, and delays no other."""
         try:
             yield
         except (DiskError, SchemaError, SpawnError) as error:
-            text = str(error)
+            problems[instance_id] = text = str(error)
             self._apply(instance_id, lambda row, _: Decision(after=row.evolve(reason=text), reason=text) if row.reason != text else None)
+
+    def tokens(self) -> Mapping[str, int]:
+        """The highest token this host has seen of each instance it has had to do with."""
+        return dict(self._met)
+
+    def _places(self, fleet: Fleet) -> Mapping[str, _Place]:
+        if self._planned[0] is not fleet:
+            specs = fleet.models
+            digests = {model: digest(spec) for model, spec in specs.items()}
+            hosts = {model: fleet.hosts_of(spec) for model, spec in specs.items()}
+            places = {each.id: _Place(each, specs[each.model], digests[each.model], hosts[each.model]) for each in plan(fleet)}
+            self._planned = (fleet, places)
+        return self._planned[1]
+
+    def _fits(self, row: Instance) -> bool:
+        """Whether the row says what this host last saw: nothing newer on disk, and its run is the one that is watched."""
+        return self._met.get(row.id, -1) in range(row.token + 1) and self._alive.get(row.id) == row.run
+
+    def _lives(self, instance_id: str, token: int) -> None:
+        self._alive[instance_id] = token
+        self.on_run(instance_id)
 
     def _may_stay(self, row: Instance, fleet: Fleet) -> bool:
         """Rows on this host that its plan does not name: one that serves during a roll, one that was moved here."""
@@ -499,7 +582,7 @@ class HostService:
         if row.surge:
             roll = self.store.get(f"roll:{row.model}")
             return roll is not None and roll["state"] == "running"
-        return spec.reschedule and self.name in fleet.hosts_of(spec) and any(planned.id == row.id for planned in plan(fleet))
+        return spec.reschedule and self.name in fleet.hosts_of(spec) and row.id in self._places(fleet)
 
     def _yield(self, row: Instance) -> None:
         """A row that lives on another host now: whatever this host still has of it is older and goes."""
@@ -511,56 +594,83 @@ class HostService:
         except LeaseHeldError:
             return
 
-    def _join_one(self, fleet: Fleet, planned: InstancePlan, row: Instance | None, *, known: bool) -> None:
-        spec = fleet.models[planned.model]
-        made = launch(spec, planned.placement, (), self._env)
-        facts: dict[str, Any] = {"digest": digest(spec), "base_url": made.base_url, "hosts": fleet.hosts_of(spec)}
+    def _join_one(self, place: _Place, row: Instance | None) -> None:
+        planned, spec = place.planned, place.spec
+        if row is not None and row.placement.host != self.name:
+            self._yield(row)
+            return
         if row is None:
             view = self.host.look(planned.id)
-            row = joining.new_row(planned, spec, **facts, view=view, known=known, now=self.store.now())
+            at, overrides = joining.last_place(planned, view.record)
+            url = launch(spec, at, overrides, self._env).base_url
+            known = planned.id in self.host.instances()
+            made = joining.new_row(
+                planned, spec, digest=place.digest, base_url=url, hosts=place.hosts, view=view, known=known, now=self.store.now()
+            )
             try:
-                row = self._committer.create(row)
+                row = self._committer.create(made)
             except VersionConflictError:
                 return
-        else:
-            self._apply(row.id, lambda now_row, _: joining.changed(now_row, planned, spec, **facts))
-        self.reconcile(row.id)
+        elif joining.changed(row, planned, spec, digest=place.digest, base_url=row.base_url, hosts=place.hosts) is not None:
+            url = launch(spec, planned.placement, (), self._env).base_url
+            self._apply(
+                row.id,
+                lambda now_row, _: joining.changed(now_row, planned, spec, digest=place.digest, base_url=url, hosts=place.hosts),
+            )
+        if not self._fits(row):
+            self.reconcile(row.id)
 
     def reconcile(self, instance_id: str) -> None:
         """Make row and processes agree where no message did: an end nobody reported, a keeper that died, a run nobody watches."""
         try:
             with self.host.step_lock(instance_id):
                 view = self.host.look(instance_id)
-                if view.server_alive and not view.keeper_alive:
-                    self.host.adopt(instance_id)
-                row = self.store.load(instance_id)
-                ended = self._report_end(instance_id, view) if row is not None else None
-                if ended is not None:
-                    self._afterwards(ended, view)
-                if row is None or ended is not None:
-                    return
-                if view.record.token > row.token:
-                    self._raise(instance_id, view)
-                if row.run is not None and not view.server_alive and not view.keeper_alive and view.run is None:
-                    lost = ExitRecord(token=row.run, at=self.clocks.wall(), unknown=True, reason="no trace of it on this host")
-                    self._apply(
-                        instance_id, lambda now_row, now: on_exit(now_row, self._exit_seen(now_row, lost, view), now, self.clocks.chance())
-                    )
-                if view.keeper_alive or view.server_alive:
-                    self.on_run(instance_id)
+                ended = self._reconcile(instance_id, view)
         except LeaseHeldError:
             return
+        if ended is not None:
+            self._afterwards(ended, view)
+
+    def _reconcile(self, instance_id: str, view: HostView) -> "_Ended | None":
+        if view.server_alive and not view.keeper_alive:
+            self.host.adopt(instance_id)
+        self._met[instance_id] = max(view.record.token, self._met.get(instance_id, 0))
+        row = self.store.load(instance_id)
+        if row is None:
+            return None
+        if view.record.token > row.token:
+            self._raise(instance_id, view)
+        ended = self._report_end(instance_id, view)
+        if ended is not None:
+            return ended
+        if view.run is not None and (view.keeper_alive or view.server_alive):
+            token = view.run.token
+            if view.server_alive:
+                self._apply(instance_id, lambda now_row, now: stepping.found(now_row, token, now))
+            self._lives(instance_id, token)
+            return None
+        self._alive.pop(instance_id, None)
+        if row.run is not None and view.run is None:
+            lost = ExitRecord(token=row.run, at=self.clocks.wall(), unknown=True, reason="no trace of it on this host")
+            seen = self._exit_seen(row, lost, view)
+            self._apply(instance_id, lambda now_row, now: on_exit(now_row, seen, now, self.clocks.chance()))
+        return None
 
     def _retire(self, row: Instance) -> None:
         """A row whose model left the file: stopped first, then forgotten."""
-        if row.state in (State.STOPPED, State.COMPLETED, State.FAILED) and row.run is None and not self.host.look(row.id).server_alive:
-            self.store.delete(row.id)
+        if row.state in (State.STOPPED, State.COMPLETED, State.FAILED) and not self.host.look(row.id).server_alive:
+            self._forget(row)
             return
-        self._apply(row.id, joining.retired)
+        if row.desired is not Desired.STOPPED:
+            self._apply(row.id, joining.retired)
 
     def _forget_if_gone(self, row: Instance) -> None:
         if row.surge or self._spec_of(row) is None:
-            self.store.delete(row.id)
+            self._forget(row)
+
+    def _forget(self, row: Instance) -> None:
+        self._write(row.id, joining.forgotten(self.host.read_record(row.id)))
+        self.store.delete(row.id)
 
     # --- small things --------------------------------------------------------------------------------------------
 
@@ -571,11 +681,23 @@ class HostService:
             return None
         if row.surge:
             return fleet, InstancePlan(id=row.id, model=row.model, replica=row.replica, placement=row.planned or row.placement), spec
-        found = next((planned for planned in plan(fleet) if planned.id == row.id), None)
-        if found is None or (found.placement.host != self.name and not self._may_stay(row, fleet)):
+        place = self._places(fleet).get(row.id)
+        if place is None or (place.planned.placement.host != self.name and not self._may_stay(row, fleet)):
             return None
-        return fleet, found, spec
+        return fleet, place.planned, spec
 
     def _apply(self, instance_id: str, decide: Callable[[Instance, float], Decision | None], *, send: bool = True) -> Decision | None:
-        decision = self._committer.apply(instance_id, decide, send=send)
+        def caught_up(row: Instance, now: float) -> Decision | Refused | None:
+            """Redis may have lost its last second: a row that is behind what this host has seen is not decided about as it is."""
+            behind = row.token < self._met.get(instance_id, 0)
+            return decide(joining.caught_up(row, self.host.read_record(instance_id), now) if behind else row, now)
+
+        decision = self._committer.apply(instance_id, caught_up, send=send)
         return decision if isinstance(decision, Decision) else None
+
+
+def _lease_said(row: Instance, _now: float) -> Decision | None:
+    """The row says whether its run has a lease that ends: the one thing by which it may be moved."""
+    if row.leased == row.policy.reschedule:
+        return None
+    return Decision(after=row.evolve(leased=row.policy.reschedule), reason="lease")

@@ -50,7 +50,8 @@ def _settings(transport: dict[str, Any]) -> dict[str, Any]:
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "worker_hijack_root_logger": False,
         "worker_send_task_events": True,
-        "task_send_sent_event": True,
+        # Flower sees a delayed restart when its host's worker takes it, with its ETA; "sent" events would also tell every tick and look.
+        "task_send_sent_event": False,
         # Results and readable arguments for Flower and for scripts (section 8).
         "task_track_started": True,
         "result_extended": True,

@@ -46,7 +46,7 @@ def _command(model: Any, **options: Any) -> dict[str, Any]:
         answer = control().command(model, Command(**options))
     except (ValueError, TypeError) as error:
         answer = Answer(accepted=False, model=name, status="refused", reason=f"cannot read the arguments: {_short(error)}")
-    except StoreUnavailableError as error:
+    except RecoveryError as error:
         answer = Answer(accepted=False, model=name, status="unavailable", reason=str(error))
     return answer.model_dump(mode="json")
 
@@ -192,8 +192,7 @@ def join_host() -> dict[str, Any]:
     """Read the fleet file again now and bring the rows of this host up to it."""
 
     def join(worker: watcher.HostWorker) -> dict[str, Any]:
-        worker.service.join()
-        return {"outcome": "joined", "host": worker.name}
+        return {"outcome": "joined", "host": worker.name, "problems": worker.join()}
 
     return _on_host(join)
 

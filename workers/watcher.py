@@ -11,6 +11,7 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from celery import bootsteps
 from celery.worker import WorkController
 
 from recovery import wiring
-from recovery.errors import ConfigError, HostAwayError, RecoveryError, StoreUnavailableError
+from recovery.errors import ConfigError, DiskError, HostAwayError, RecoveryError, StoreUnavailableError
 from recovery.host_logs import Seen, keep_tails
 from recovery.host_service import HostService
 from workers.app import app
@@ -63,6 +64,8 @@ class HostWorker:
         self._served_at = 0.0
         self._tails: Seen = {}
         self._tailed_at = 0.0
+        self._began = time.monotonic()
+        self._problems: dict[str, str] = {}
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
     def start(self) -> None:
@@ -102,6 +105,7 @@ class HostWorker:
             for instance in list(pending):
                 if self._ended(instance):
                     del pending[instance]
+                    self.watch(instance)  # a successor that was started before this end was seen is not watched yet
 
     def _unwatch(self, fd: int) -> str:
         with self._lock:
@@ -121,14 +125,16 @@ class HostWorker:
             return True
 
     def _beat_forever(self) -> None:
-        """Join, then beat; join again when Redis has forgotten, the file has changed, or simply every few seconds."""
+        """Join, then beat; join again every few seconds: the file may have changed, and Redis may have forgotten."""
         joined_at = 0.0
         while not self._stop.is_set():
             try:
                 if time.monotonic() - joined_at >= RECONCILE_S or joined_at == 0.0:
-                    self.service.join()
+                    self.join()
                     joined_at = time.monotonic()
+                heard_at = self.service.host.boot_clock()
                 self._wiring.store.beat(self.name, self._facts(), BEAT_TTL_S)
+                self._renew(heard_at)
                 self._sender.send("recovery.served", {"host": self.name}, queue=host_queue(self.name), expires_s=BEAT_TTL_S)
                 self._keep_tails()
             except StoreUnavailableError as error:
@@ -139,6 +145,26 @@ class HostWorker:
                 log.exception("cannot join the fleet; trying again")
             self._stop.wait(BEAT_S)
 
+    def _renew(self, heard_at: float) -> None:
+        try:
+            self.service.renew(heard_at)
+        except DiskError as error:
+            log.error("%s; models that may move to another host end here when their lease is over", error)
+
+    def join(self) -> dict[str, str]:
+        """Read the fleet file again and bring the rows up to it; what is in the way of that, by instance."""
+        self._note(self.service.join())
+        return self._problems
+
+    def _note(self, problems: Mapping[str, str]) -> None:
+        """Say what keeps an instance, or a changed fleet file, from being taken up: once in the log, and in every heartbeat."""
+        problem = getattr(self.service.fleet, "problem", None)
+        found = {**problems, **({"fleet file": problem} if problem else {})}
+        for name, text in found.items():
+            if self._problems.get(name) != text:
+                log.error("%s: %s", name, text)
+        self._problems = found
+
     def _keep_tails(self) -> None:
         """The last lines of each log, for when this host is away; only logs that grew are read."""
         if time.monotonic() - self._tailed_at >= TAILS_S:
@@ -146,10 +172,14 @@ class HostWorker:
             keep_tails(self.service, self._tails)
 
     def _facts(self) -> dict[str, Any]:
-        host = self.service.host
-        tokens = {instance: str(host.read_record(instance).token) for instance in host.instances()}
-        gpus = [reading.model_dump() for reading in self.service.repairs.cards()]
-        return {"gpus": gpus, "wall": time.time(), "boot_id": self._boot_id, "tokens": tokens, "served_at": self._served_at}
+        return {
+            "gpus": [reading.model_dump() for reading in self.service.repairs.cards()],
+            "wall": time.time(),
+            "boot_id": self._boot_id,
+            "tokens": {instance: str(token) for instance, token in self.service.tokens().items()},
+            "served_at": self._served_at,
+            "problems": self._problems,
+        }
 
 
 class HostStep(bootsteps.StartStopStep):  # type: ignore[misc]

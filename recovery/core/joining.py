@@ -13,6 +13,8 @@ from recovery.core.instance import Desired, Instance
 from recovery.core.launch import Override
 from recovery.core.states import State
 
+RETIRED = "retired"
+"""The rest of an instance whose model left the fleet file: should it come back, it begins like any new one, with higher tokens."""
 RESTS = {"failed": State.FAILED, "completed": State.COMPLETED, "stopped": State.STOPPED}
 
 
@@ -33,6 +35,7 @@ def new_row(
     New to both: wanted running when the file says `autostart`. Known to the disk: as the disk says.
     """
     record = view.record
+    known = known and record.rest != RETIRED
     row = Instance(
         id=plan.id,
         model=plan.model,
@@ -129,6 +132,11 @@ def recorded(row: Instance, record: HostRecord, *, started_at: float | None = No
     )
 
 
+def forgotten(record: HostRecord) -> HostRecord:
+    """What the host remembers of an instance whose model left the fleet file: that its tokens must go on rising."""
+    return HostRecord(token=record.token, last_ended=record.token, rest=RETIRED)
+
+
 def changed(
     row: Instance, planned: InstancePlan, spec: ModelSpec, *, digest: str, base_url: str | None, hosts: tuple[str, ...]
 ) -> Decision | None:
@@ -153,6 +161,11 @@ def _respecified(
         changes |= {"placement": planned.placement, "planned": planned.placement, "base_url": base_url}
     after = row.evolve(**changes)
     return None if after == row else after
+
+
+def last_place(planned: InstancePlan, record: HostRecord) -> tuple[Placement, tuple[Override, ...]]:
+    """Where and with which changed flags the last start of an instance was made, as its host remembers."""
+    return _placement(planned.placement, record), tuple(Override.model_validate(raw) for raw in record.overrides)
 
 
 def _placement(planned: Placement, record: HostRecord) -> Placement:

@@ -94,7 +94,8 @@ def _end(row: Instance, view: HostView, now: float) -> Decision:
         left = ", ".join(_named(stray) for stray in view.strays) or "the server"
         return unkillable(row, f"cannot end {left}: alive {now - row.kill_at:.0f} s after SIGKILL; look at it by hand", now)
     first = row.term_at if row.term_at is not None else now
-    if row.intent is Intent.KILL or row.kill_at is not None or now - first >= policy.stop_grace_s:
+    strays_only = not view.server_alive and not view.keeper_alive
+    if strays_only or row.intent is Intent.KILL or row.kill_at is not None or now - first >= policy.stop_grace_s:
         after = row.evolve(kill_at=row.kill_at if row.kill_at is not None else now, **due_at(now + LOOK_AGAIN_S))
         said = () if row.kill_at is not None else (event("killing", f"{row.id}: SIGKILL", after),)
         return Decision(after=after, reason="SIGKILL", actions=(Action.KILL,), events=said)
