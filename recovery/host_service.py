@@ -687,7 +687,7 @@ class HostService:
         return fleet, place.planned, spec
 
     def _apply(self, instance_id: str, decide: Callable[[Instance, float], Decision | None], *, send: bool = True) -> Decision | None:
-        def caught_up(row: Instance, now: float) -> Decision | Refused | None:
+        def caught_up(row: Instance, now: float) -> Decision | None:
             """Redis may have lost its last second: a row that is behind what this host has seen is not decided about as it is."""
             behind = row.token < self._met.get(instance_id, 0)
             return decide(joining.caught_up(row, self.host.read_record(instance_id), now) if behind else row, now)
