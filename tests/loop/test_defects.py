@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from recovery.metrics import FleetCollector
 from tests.loop.fleet import Fleet, Model, gone
-from tests.loop.plane import OPERATORS, Plane
+from tests.loop.plane import OPERATORS, Plane, wait_until
 
 
 def delays(model: Model) -> list[float]:
@@ -114,7 +114,10 @@ def test_b07_a_stop_is_not_undone(fleet: Fleet) -> None:
 
 
 def test_b08_stop_and_start_make_one_process(fleet: Fleet) -> None:
-    one = fleet.model("b08")
+    """
+    Started again while the stopped one has not gone yet, and when it has.
+    """
+    one = fleet.model("b08", "--ignore-sigterm", stop_grace_s=1)
     first = one.serves()
 
     one.command("stop")
@@ -185,19 +188,43 @@ def test_b11_a_stop_blocks_nothing(fleet: Fleet) -> None:
 
 def test_b12_a_manual_and_an_automatic_restart_exclude_each_other(fleet: Fleet) -> None:
     """
-    Killed and restarted by the operator at the same moment, five times: one new run each time.
+    The operator restarts what waits for its automatic restart: one new run, and the delayed job that comes later is refused.
     """
-    one = fleet.model("b12", max_restarts=0, restart_delay=0.05)
+    one = fleet.model("b12", restart_delay=8, max_restart_delay=8)
     pid = one.serves()
 
-    for times in range(1, 6):
+    one.kill()
+    one.reaches("restarting")
+    task = fleet.plane.store.incidents(one.id, 1)[0].steps[-1]["task"]
+    one.command("restart")
+
+    pid = one.serves(but=pid)
+    result = fleet.plane.app.AsyncResult(task)
+    wait_until(lambda: result.state, "SUCCESS")
+    assert result.result["outcome"] == "refused"
+    assert (one.state, one.server, one.starts, one.overlaps) == ("healthy", pid, 2, [])
+    assert (one.row.manual, one.row.used) == (1, 1)
+
+
+def test_b12_restarts_at_the_same_moment(fleet: Fleet) -> None:
+    """
+    Killed and restarted by the operator at once, whichever is seen first: never two processes, and one that serves.
+    """
+    one = fleet.model("b12-race", max_restarts=0, restart_delay=0.05, max_restart_delay=0.05)
+    pid = one.serves()
+
+    for _ in range(4):
         one.kill()
         one.command("restart")
         pid = one.serves(but=pid)
-        fleet.plane.ticked(1)
-        assert (one.starts, one.server) == (1 + times, pid)
-    assert one.overlaps == []
-    assert one.row.manual == 5 and one.row.used <= 5
+
+    fleet.plane.ticked(2)
+    pid = one.serves()
+    assert one.overlaps == [] and 5 <= one.starts <= 9
+    assert one.row.manual == 4
+    run = one.row.run
+    assert run is not None and pid in {stray.pid for stray in fleet.plane.host.members(one.instance, run)}
+    assert fleet.plane.view(one.instance).strays == ()
 
 
 def test_b13_an_oom_on_stdout_is_seen(fleet: Fleet) -> None:
