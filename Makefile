@@ -103,3 +103,16 @@ readme: dev ## write the README's tables anew, from the code
 clean: ## remove what was built; what runs and RECOVERY_HOME stay
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: mutants chaos chaos-long walk-long
+mutants: dev ## break one rule after another in a copy: which test catches it; about ten minutes
+	$(BIN)/python -m tests.durability.mutants $(ARGS)
+
+chaos: dev ## 90 s of faults against an installation of its own, the same ones each time
+	$(BIN)/recovery chaos --seconds 90 --seed 7
+
+chaos-long: dev ## 15 minutes of faults with each of three other seeds
+	for seed in 11 12 13; do $(BIN)/recovery chaos --seconds 900 --seed $$seed || exit 1; done
+
+walk-long: dev ## 10,000 random walks through a simulated world, and 1,250 on the real scripts
+	RECOVERY_WALKS=10000 $(BIN)/python -m pytest tests/durability/test_walk.py
