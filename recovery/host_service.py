@@ -468,6 +468,8 @@ class HostService:
 
     def looked(self, instance_id: str, look: Look) -> None:
         """Commit what a look saw."""
+        if look.http and look.ready and self._goes_on(instance_id, look):
+            return
         row = self.store.load(instance_id)
         if row is None or row.run != look.run:
             return
@@ -489,6 +491,17 @@ class HostService:
             self._remember(decision.after)
         if view is not None:
             self._put_brake_on(decision)
+
+    def _goes_on(self, instance_id: str, look: Look) -> bool:
+        """The ordinary look: a healthy server that answers needs no second thought. False when this was none."""
+
+        def decide(row: Instance, now: float) -> Decision | None:
+            return on_look(row, look, now, 0.0) if row.state is State.HEALTHY else None
+
+        decision = self._apply(instance_id, decide)
+        if decision is not None and Action.FORGIVE in decision.actions:
+            self._remember(decision.after)
+        return decision is not None
 
     def _completed(self, row: Instance, look: Look) -> Look:
         """The look with what only this host can add: is it our process that answers, does it use the processor."""
@@ -611,7 +624,7 @@ class HostService:
                 row = self._committer.create(made)
             except VersionConflictError:
                 return
-        elif joining.changed(row, planned, spec, digest=place.digest, base_url=row.base_url, hosts=place.hosts) is not None:
+        elif row.spec_digest != place.digest or row.hosts != place.hosts or (row.run is None and row.planned != planned.placement):
             url = launch(spec, planned.placement, (), self._env).base_url
             self._apply(
                 row.id,

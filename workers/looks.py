@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+import uvloop
+
 from recovery.adapters.http_probe import HttpProber, Target
 from recovery.adapters.vllm_metrics import TrafficKeeper
 from recovery.core.instance import Instance
@@ -28,7 +30,7 @@ class Looks:
         self._traffic = TrafficKeeper(service.store)
         self._busy: set[str] = set()
         self._commits = ThreadPoolExecutor(COMMIT_THREADS, thread_name_prefix="commit")
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="looks", daemon=True).start()
 
     def submit(self, instances: Iterable[str]) -> None:

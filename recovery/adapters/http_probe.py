@@ -1,25 +1,24 @@
 """
 Looks at one server over HTTP: `/health` and `/metrics` at its root, `/v1/models` and one token under `/v1`.
 
-One httpx client per instance: a pool shared by fifty looks in flight scans itself (3.7 ms CPU a probe), one of
-its own costs 0.55 ms (issue of measurements in CELERY-FACTS.md's sister run).
+A server that answers promptly is asked everything on one connection. What it does not answer within `PROMPT_S` is waited for
+beside the rest, on a connection of its own, so that one endpoint that hangs does not hide the others.
 """
 
 import asyncio
+import json
 import re
-import ssl
 import time
 from dataclasses import dataclass
 
-import httpx
-
+from recovery.adapters.http_line import BrokenError, Line, RefusedError
 from recovery.core.instance import Instance
 from recovery.core.looking import Answer, Completion, Look, wants_completion
 
+PROMPT_S = 0.25
 STEPS = re.compile(rb"^vllm:iteration_tokens_total_count(?:\{[^}]*\})?\s+([0-9.eE+]+)", re.M)
 TOKENS = re.compile(rb"^vllm:generation_tokens_total(?:\{[^}]*\})?\s+([0-9.eE+]+)", re.M)
 AWAKE = re.compile(rb'^vllm:engine_sleep_state\{[^}]*sleep_state="awake"[^}]*\}\s+0(?:\.0)?\s*$', re.M)
-_NO_TLS_CHECK = ssl.create_default_context()
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,9 @@ class Target:
 
 
 class HttpProber:
-    """Looks at servers, each through a client of its own. Lives on one event loop."""
+    """Looks at servers. Lives on one event loop."""
 
     def __init__(self) -> None:
-        self._clients: dict[tuple[str, str], httpx.AsyncClient] = {}
         self.metrics: dict[str, str] = {}
         """What each instance's server last said at /metrics."""
 
@@ -44,12 +42,16 @@ class HttpProber:
         if target.root is None:
             return Look(run=row.run, http=False)
         started = time.monotonic()
-        client = self._client(row.id, target)
+        caller = _Caller(target)
+        try:
+            return await self._look(row, caller, started)
+        finally:
+            caller.close()
+
+    async def _look(self, row: Instance, caller: "_Caller", started: float) -> Look:
         limit = row.policy.health_check_timeout
         # A server that answers answers /metrics in milliseconds; waiting longer for it would delay the completion.
-        health, models, metrics = await asyncio.gather(
-            self._get(client, "/health", limit), self._get(client, "/v1/models", limit), self._get(client, "/metrics", min(limit, 2.0))
-        )
+        health, models, metrics = await caller.all(("/health", limit), ("/v1/models", limit), ("/metrics", min(limit, 2.0)))
         steps, asleep = _read_metrics(metrics)
         if metrics.kind == "ok":
             self.metrics[row.id] = metrics.body.decode(errors="replace")
@@ -57,11 +59,11 @@ class HttpProber:
         why = ""
         answers = health.kind == "ok" and models.kind == "ok"
         if (answers or steps is not None) and not asleep and wants_completion(row, steps):
-            completion, why = await self._complete(row, client, models)
+            completion, why = await self._complete(row, caller, models)
             if completion == "ok":
-                steps = _read_metrics(await self._get(client, "/metrics", min(limit, 2.0)))[0] or steps
+                steps = _read_metrics(await caller.get("/metrics", min(limit, 2.0)))[0] or steps
             elif completion in ("timeout", "failed"):
-                asleep = await self._paused(client)
+                asleep = await self._paused(caller)
         return self._seen(row, (health, models), steps, completion, why, started, asleep=asleep)
 
     def _seen(
@@ -90,48 +92,12 @@ class HttpProber:
             duration_s=time.monotonic() - started,
         )
 
-    async def forget(self, instance_id: str) -> None:
-        """Close the clients of an instance that is gone."""
-        for key in [key for key in self._clients if key[0] == instance_id]:
-            await self._clients.pop(key).aclose()
-        self.metrics.pop(instance_id, None)
-
-    def _client(self, instance_id: str, target: Target) -> httpx.AsyncClient:
-        assert target.root is not None
-        key = (instance_id, target.root)
-        if key not in self._clients:
-            headers = {"authorization": f"Bearer {target.api_key}"} if target.api_key else {}
-            self._clients[key] = httpx.AsyncClient(
-                base_url=target.root,
-                headers=headers,
-                verify=_NO_TLS_CHECK,
-                limits=httpx.Limits(max_keepalive_connections=0),
-                trust_env=False,
-            )
-        return self._clients[key]
-
-    async def _get(self, client: httpx.AsyncClient, path: str, limit_s: float) -> "_Reply":
-        return await self._ask(client, "GET", path, limit_s)
-
-    async def _ask(self, client: httpx.AsyncClient, method: str, path: str, limit_s: float, body: object = None) -> "_Reply":
-        try:
-            async with asyncio.timeout(limit_s):
-                response = await client.request(method, path, json=body, timeout=limit_s)
-        except (TimeoutError, httpx.TimeoutException):
-            return _Reply("timeout", None, b"", limit_s)
-        except httpx.ConnectError:
-            return _Reply("refused", None, b"")
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            return _Reply("broken", None, str(error).encode()[:200])
-        kind: Answer = "ok" if response.status_code == 200 else "status"
-        return _Reply(kind, response.status_code, response.content[:4_000_000])
-
-    async def _complete(self, row: Instance, client: httpx.AsyncClient, models: "_Reply") -> tuple[Completion, str]:
+    async def _complete(self, row: Instance, caller: "_Caller", models: "_Reply") -> tuple[Completion, str]:
         name = _first_model(models.body)
         if name is None:
             return "off", ""
         limit = row.policy.completion_timeout_s
-        reply = await self._ask(client, "POST", "/v1/completions", limit, {"model": name, "prompt": [5], "max_tokens": 1, "temperature": 0})
+        reply = await caller.post("/v1/completions", {"model": name, "prompt": [5], "max_tokens": 1, "temperature": 0}, limit)
         if reply.kind == "ok":
             return "ok", ""
         if reply.kind == "status" and reply.status == 503:
@@ -142,10 +108,61 @@ class HttpProber:
             return "timeout", f"a one-token completion got no answer in {limit:g} s"
         return "failed", f"a one-token completion failed: {reply.said}"
 
-    async def _paused(self, client: httpx.AsyncClient) -> bool:
+    async def _paused(self, caller: "_Caller") -> bool:
         """True when a server in development mode says it is paused; /metrics does not show that (VLLM-FACTS.md, section d)."""
-        reply = await self._get(client, "/is_paused", 1.0)
+        reply = await caller.get("/is_paused", 1.0)
         return reply.kind == "ok" and b"true" in reply.body.lower()
+
+
+class _Caller:
+    """One look's requests to one server."""
+
+    def __init__(self, target: Target) -> None:
+        assert target.root is not None
+        self._root = target.root
+        self._headers = {"authorization": f"Bearer {target.api_key}"} if target.api_key else {}
+        self._line = self._new()
+
+    async def all(self, *asked: tuple[str, float]) -> "list[_Reply]":
+        """The answers to GETs of these (path, limit in seconds): in turn as long as they come promptly, else side by side."""
+        tasks: list[asyncio.Task[_Reply]] = []
+        for path, limit_s in asked:
+            task = asyncio.ensure_future(self.get(path, limit_s))
+            tasks.append(task)
+            await asyncio.wait((task,), timeout=PROMPT_S)
+            if not task.done():
+                self._line = self._new()  # the old one is busy until the answer comes or its time is up
+        return list(await asyncio.gather(*tasks))
+
+    async def get(self, path: str, limit_s: float) -> "_Reply":
+        return await self._ask("GET", path, limit_s)
+
+    async def post(self, path: str, body: object, limit_s: float) -> "_Reply":
+        return await self._ask("POST", path, limit_s, json.dumps(body).encode())
+
+    def close(self) -> None:
+        self._line.close()
+
+    def _new(self) -> Line:
+        return Line(self._root, self._headers)
+
+    async def _ask(self, method: str, path: str, limit_s: float, body: bytes | None = None) -> "_Reply":
+        if not self._line.usable:
+            self._line = self._new()
+        line = self._line
+        try:
+            async with asyncio.timeout(limit_s):
+                response = await line.ask(method, path, body)
+        except TimeoutError:
+            return _Reply("timeout", None, b"", limit_s)
+        except RefusedError:
+            return _Reply("refused", None, b"")
+        except BrokenError as error:
+            return _Reply("broken", None, str(error).encode()[:200])
+        finally:
+            if line is not self._line:
+                line.close()
+        return _Reply("ok" if response.status == 200 else "status", response.status, response.body)
 
 
 @dataclass(frozen=True)
