@@ -108,6 +108,7 @@ class HostService:
         self._planned: tuple[Fleet | None, Mapping[str, _Place]] = (None, {})
         self._met: dict[str, int] = {}
         self._alive: dict[str, int] = {}
+        self._idle: dict[str, int] = {}
 
     # --- start ---------------------------------------------------------------------------------------------------
 
@@ -474,6 +475,8 @@ class HostService:
         if row is None or row.run != look.run:
             return
         look = self._completed(row, look)
+        if not look.alive or (look.health == "refused" and row.state is not State.STARTING):
+            self._end_idle_keeper(instance_id, look.run)
         if not look.alive:
             return
         view: HostView | None = None
@@ -491,6 +494,21 @@ class HostService:
             self._remember(decision.after)
         if view is not None:
             self._put_brake_on(decision)
+
+    def _end_idle_keeper(self, instance_id: str, token: int) -> None:
+        """
+        End a keeper that does not act (stopped, say): two looks in a row found its server gone, and it has not written that down.
+
+        What follows is an end that nobody saw. Without this a model that only its process is looked at would wait for ever.
+        """
+        view = self.host.look(instance_id)
+        recorded = view.exit is not None and view.exit.token >= token
+        if view.run is None or view.run.token != token or view.server_alive or not view.keeper_alive or recorded:
+            self._idle.pop(instance_id, None)
+        elif self._idle.get(instance_id) == token:
+            self.host.end_keeper(instance_id, token)
+        else:
+            self._idle[instance_id] = token
 
     def _goes_on(self, instance_id: str, look: Look) -> bool:
         """The ordinary look: a healthy server that answers needs no second thought. False when this was none."""

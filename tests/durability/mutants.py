@@ -143,15 +143,15 @@ MUTANTS = (
     Mutant(
         "restarts are forgiven at once",
         "recovery/core/looking.py",
-        "or now - row.ready_at < stable_s:",
-        "or now - row.ready_at < 0:",
+        "or now - row.entered_at < stable_s:",
+        "or now - row.entered_at < 0:",
         ("tests/core/test_looking.py", WALK),
     ),
     Mutant(
         "restarts are never forgiven",
         "recovery/core/looking.py",
-        "or now - row.ready_at < stable_s:",
-        "or row.ready_at:",
+        "or now - row.entered_at < stable_s:",
+        "or row.entered_at:",
         ("tests/core/test_looking.py",),
     ),
     Mutant(

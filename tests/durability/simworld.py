@@ -602,9 +602,6 @@ class World:
         self.bag.messages.clear()  # whatever was under way is lost: the rows alone must do
         for host in self.hosts.values():
             host.disk_full, host.offset = False, 0.0
-            for name, planned in self.plans.items():
-                if self.fleet.models[planned.model].restart_policy == "no":
-                    host.thaw(name)  # the loop ends a keeper that does not act only where it may act itself
             for kept in host.kept.values():
                 for run in kept.runs.values():
                     run.stuck = False

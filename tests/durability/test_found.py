@@ -65,3 +65,15 @@ def test_an_end_that_was_seen_while_redis_had_no_row_is_reported_later() -> None
     row = world.store.load("d-0")
     assert row.state.value == "healthy"
     assert row.restarts_total == 1
+
+
+def test_a_stopped_keeper_does_not_hide_the_end_of_a_server_without_a_url() -> None:
+    """Only its process is looked at, and its keeper, which would tell, does not act: it must not load for ever and hold up others."""
+    world = serving()
+    host = world.hosts["h2"]
+    run = host.current("d-0")
+    assert run is not None
+    run.frozen_keeper = True
+    host.die("d-0", run, code=1)
+    world.settle()
+    assert world.store.load("d-0").restarts_total == 1
