@@ -81,6 +81,13 @@ class Hosts:
         view = self.seen[host].look(instance)
         return view.run.server_pid if view.run is not None and view.server_alive else None
 
+    def tell(self) -> None:
+        """Print what is known; pytest shows it where the test failed."""
+        for row in self.store.load_all():
+            print(row.model_dump_json())
+        for path in sorted((*self.folder.glob("*.log"), *self.folder.glob("h?/instances/*/logs/*"))):
+            print(f"--- {path.relative_to(self.folder)}", *path.read_text(errors="replace").splitlines()[-40:], sep="\n")
+
     def close(self) -> None:
         for part in list(self._running):
             self.kill(part)
@@ -114,6 +121,7 @@ def hosts() -> Iterator[Hosts]:
         try:
             made.up()
             yield made
+            made.tell()
         finally:
             made.close()
 
