@@ -32,7 +32,11 @@ PATHS = {"api": "/readyz", "door": "/health", "flower": "/healthcheck"}
 def listening(part: str) -> str | None:
     """None when a part that serves HTTP on this machine answers its own health path, else why not."""
     name, default = PORTS[part]
-    port = int(os.environ.get(name) or default)
+    return answers(part, int(os.environ.get(name) or default))
+
+
+def answers(part: str, port: int) -> str | None:
+    """None when that part answers its own health path on that port of this machine, else why not."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
     try:
         connection.request("GET", PATHS[part])

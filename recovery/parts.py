@@ -127,6 +127,7 @@ class Manager:
         self._say = say
         self._stopping = threading.Event()
         self._kept: dict[str, _Kept] = {}
+        self._leaving: list[_Kept] = []
 
     def start(self, runners: Iterable[Runner]) -> None:
         """Begin to keep these alive. Returns at once."""
@@ -141,7 +142,7 @@ class Manager:
 
     def stop(self, names: Sequence[str] | None = None, within_s: float | None = None) -> None:
         """End these parts (default: all) and keep them down; they go at the same time."""
-        chosen = [kept for name, kept in self._kept.items() if names is None or name in names]
+        chosen = [kept for name, kept in self._all() if names is None or name in names]
         enders = [threading.Thread(target=kept.stop, args=(within_s,), daemon=True) for kept in chosen]
         for thread in enders:
             thread.start()
@@ -149,6 +150,7 @@ class Manager:
             thread.join()
         for kept in chosen:
             self._kept.pop(kept.name, None)
+        self._leaving = [kept for kept in self._leaving if kept not in chosen]
         if not self._kept:
             self._stopping.set()
 
@@ -156,7 +158,23 @@ class Manager:
         """End a part that does not do its work; its thread starts it again. One that is down already is left to it."""
         kept = self._kept.get(name)
         if kept is not None:
-            kept.end_once()
+            kept.end_once(RECYCLE_S)
+
+    def restart(self, name: str) -> None:
+        """End a part as it wants to be ended; its thread starts it again. Returns when the old one is gone."""
+        self._kept[name].end_once(None)
+
+    def hand_over(self, name: str) -> None:
+        """Start another one beside the one that runs, which gives its work to it and then ends by itself. Returns at once."""
+        old = self._kept[name]
+        if old.pid is None:
+            return  # it is just being started again
+        old.let_go()
+        self._leaving = [kept for kept in self._leaving if kept.pid is not None] + [old]
+        self._kept[name] = old.successor()
+
+    def _all(self) -> list[tuple[str, "_Kept"]]:
+        return [*self._kept.items(), *((kept.name, kept) for kept in self._leaving)]
 
     def _reap_strangers(self) -> None:
         """As process 1 of a container: collect what is handed down to us, but leave our own parts to their threads."""
@@ -164,7 +182,7 @@ class Manager:
             with contextlib.suppress(ChildProcessError):
                 for _ in range(1000):
                     ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                    if ended is None or ended.si_pid in self.pids().values():
+                    if ended is None or ended.si_pid in {kept.pid for _, kept in self._all()}:
                         break
                     os.waitpid(ended.si_pid, os.WNOHANG)
 
@@ -196,11 +214,19 @@ class _Kept:
             child.stop(within_s)
         self._thread.join()
 
-    def end_once(self) -> None:
+    def end_once(self, within_s: float | None) -> None:
         """End what runs now; the next one comes as after any death."""
         child = self._child
         if child is not None:
-            child.stop(RECYCLE_S)
+            child.stop(within_s)
+
+    def let_go(self) -> None:
+        """Start it no more; what runs may finish."""
+        self._down.set()
+
+    def successor(self) -> "_Kept":
+        """Another one of the same part, kept alive from now on."""
+        return _Kept(self._runner, self._say, self._all_stop)
 
     def _keep(self) -> None:
         wait_s = 0.0

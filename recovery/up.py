@@ -29,6 +29,7 @@ from recovery.core.instance import Desired, Instance
 from recovery.core.states import State
 from recovery.errors import ConfigError, ConflictError, LeaseHeldError, RecoveryError, StoreUnavailableError
 from recovery.part_list import LONGEST_DRAIN_S, Listed, RedisRunner
+from recovery.part_restarts import Restarter
 from recovery.parts import Manager, PartRunner, Say
 from recovery.ports import Sender, Store
 from recovery.service import Service
@@ -135,8 +136,11 @@ class Installation:
             raise
         threading.Thread(target=self._rotate, name="rotate", daemon=True).start()
         managed = frozenset(each.part.name for each in self.listed)
-        dog = Watchdog(self._store, self.place.settings.host, managed, self._manager.recycle, self._say)
-        threading.Thread(target=dog.run, args=(self._rotating,), name="watchdog", daemon=True).start()
+        host = self.place.settings.host
+        dog = Watchdog(self._store, host, managed, self._manager.recycle, self._say)
+        restarter = Restarter(self.place.home, self.listed, self._manager, self._store, host, say=self._say, spare=dog.spare)
+        for name, run in (("watchdog", dog.run), ("restarter", restarter.run)):
+            threading.Thread(target=run, args=(self._rotating,), name=name, daemon=True).start()
 
     def _check(self) -> None:
         left = parts.find(self.place.home)

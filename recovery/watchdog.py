@@ -41,6 +41,10 @@ class Watchdog:
             except Exception:
                 log.exception("the watchdog could not look")
 
+    def spare(self, part: str) -> None:
+        """This part is being restarted: give it its time."""
+        self._done[part] = time.monotonic()
+
     def look(self) -> tuple[str, ...]:
         """Start again what does not do its work; return the names."""
         acted = []

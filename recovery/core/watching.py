@@ -16,6 +16,8 @@ DEAF_S = 30.0
 """Ten heartbeats without a task taken; a worker whose eight threads are busy for so long does not work either."""
 TICK_LATE_S = 15.0
 """Beat sends a tick a second."""
+TRACED = frozenset({"host", "control", "beat"})
+"""The parts that are known by what they leave in Redis; the others listen on a port."""
 
 
 class Traces(Value):
@@ -46,10 +48,27 @@ def deaf(beat: Mapping[str, Any], now: float) -> str | None:
     age_s = float(beat.get("age_s", 0.0))
     if age_s > DEAF_S:
         return f"no heartbeat for {age_s:.0f} s"
-    served_at = float(beat.get("served_at", 0.0))
-    up_s = float(beat.get("up_s", 0.0))
-    silent_s = now - served_at if served_at else up_s
-    return f"it beats but has taken no task for {silent_s:.0f} s" if silent_s > DEAF_S and up_s > DEAF_S else None
+    served_at = float(beat.get("served_at", 0.0))  # of this very worker: another one begins with 0
+    silent_s = now - served_at if served_at else float(beat.get("up_s", 0.0))
+    return f"it beats but has taken no task for {silent_s:.0f} s" if silent_s > DEAF_S else None
+
+
+def deaf_hosts(hosts: Mapping[str, Mapping[str, Any]], now: float) -> dict[str, str]:
+    """The hosts that beat but take no tasks, each with why. One that is gone altogether is not among them."""
+    alive = {name: beat for name, beat in hosts.items() if beat.get("alive", True)}
+    return {name: why for name, beat in sorted(alive.items()) if (why := deaf(beat, now)) is not None}
+
+
+def works_since(part: str, traces: Traces, host: str, since: float) -> bool:
+    """
+    Whether one of `TRACED` has done its work since then, by Redis' clock.
+
+    A host's worker: it has beaten, and a task has come through its queue. Control and beat: a tick was carried out, which needs both.
+    """
+    if part != "host":
+        return traces.tick_at is not None and traces.tick_at >= since
+    beat = traces.hosts.get(host, {})
+    return bool(beat) and traces.now - float(beat.get("age_s", 0.0)) >= since and float(beat.get("served_at", 0.0)) >= since
 
 
 def tick_age_s(traces: Traces) -> float | None:
