@@ -59,7 +59,7 @@ def keep_tails(service: HostService, seen: Seen) -> int:
     """
     Put the last lines of each instance's newest run under `logtail:{instance}` when they have changed; how many were put.
 
-    For when the host is away. The caller keeps `seen` from call to call and calls every ten seconds and after each exit.
+    For when the host is away. The caller keeps `seen` from call to call and calls every half minute and after each exit.
     """
     put = 0
     for instance in service.host.instances():

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 SPEC_VERSION = 1
 EXIT_LOCKED, EXIT_DISK, EXIT_SPAWN, EXIT_SPEC = 75, 74, 71, 78  # as in sysexits.h
-TICK_S = 1.0  # how often log size, deadline and orphans are looked at; the server's own end wakes us at once
+TICK_S = 1.0  # between looks at log size, deadline and orphans; the server's own end wakes us at once
+CALM_S = 5.0  # at most, while the log hardly grows: a look costs 0.4 ms, and a host may have a hundred keepers
 RESERVE = 4096  # bytes set aside for each record, so that a disk that fills up later does not cost us the exit code
 LEFT_LISTED = 16
 MARKER = b"RECOVERY_RUN="
@@ -187,6 +188,7 @@ class Run:
         self.pid: int = spec.get("server_pid", 0)  # the server: its number and start time, which name it for good
         self.start: int = spec.get("server_start", 0)
         self.log_fd = -1
+        self.log_size, self.log_looked_at = 0, 0.0
         self.deadline = float("inf")
         self.reason = "exited"
         self.shared_memory: set[str] = set()
@@ -243,16 +245,21 @@ class Run:
 
     # --- the log ---
 
-    def bound_log(self) -> None:
+    def bound_log(self) -> bool:
         """
         Keep the log to `log_files` files of `log_bytes` each: the live one, the first part (LOG.1) and the latest others.
+
+        True while it hardly grows: at the pace since the last look, `CALM_S` add less than half of `log_bytes`.
 
         The server has the file open for appending, so it is copied and cut. Lines written between the last look at
         the size and the cut are lost; that is microseconds, and only in a run that fills its log.
         """
         size = os.fstat(self.log_fd).st_size
+        now = time.monotonic()
+        pace = (size - self.log_size) / max(now - self.log_looked_at, 0.01)
+        self.log_size, self.log_looked_at = size, now
         if size <= self.log_bytes:
-            return
+            return pace * CALM_S < self.log_bytes / 2
         parts = log_parts(self.log)
         try:
             with open(self.log, "rb") as log:
@@ -269,6 +276,8 @@ class Run:
             print(f"cannot rotate {self.log}: {error}", file=sys.stderr)
             if size > 2 * self.log_bytes:  # no room for the copy: a bounded log matters more than a whole one
                 os.ftruncate(self.log_fd, 0)
+        self.log_size = 0
+        return False
 
     # --- what else belongs to the run ---
 
@@ -480,6 +489,7 @@ def watch(run: Run) -> int | None:
         poller.register(pidfd, select.POLLIN)
     except (AttributeError, OSError):
         pidfd, tick_s = -1, 0.05
+    wait_s = tick_s
     begun, note_at = time.monotonic(), 2.0
     try:
         while True:
@@ -493,11 +503,12 @@ def watch(run: Run) -> int | None:
             if left_s <= 0:  # somebody else may start it elsewhere from now on: no time for a grace
                 run.reason = "lease expired"
                 send(run.pid, run.start, signal.SIGKILL)
-            run.bound_log()
+            calm = run.bound_log() and pidfd >= 0
+            wait_s = min(2 * wait_s, CALM_S) if calm else tick_s
             if time.monotonic() - begun > note_at:
-                note_at = min(2 * note_at, note_at + 60)
+                note_at = min(2 * note_at, note_at + 600)
                 run.note_shared_memory(run.members())
-            poller.poll(1000 * (min(tick_s, left_s) if left_s > 0 else tick_s))
+            poller.poll(1000 * (min(wait_s, left_s) if left_s > 0 else tick_s))
     finally:
         if pidfd >= 0:
             os.close(pidfd)

@@ -32,8 +32,11 @@ log = logging.getLogger(__name__)
 BEAT_S = 3.0
 BEAT_TTL_S = 10.0
 RECONCILE_S = 5.0
-TAILS_S = 10.0
-"""Heartbeat every 3 s, gone after 10 s (CELERY-FACTS.md, section 7); a host that is lost is shown within 15 s."""
+TAILS_S = 30.0
+"""
+Heartbeat every 3 s, gone after 10 s (CELERY-FACTS.md, section 7); a host that is lost is shown within 15 s. Tails of logs are kept every
+30 s and after an end: to read and redact them takes longer than all else an idle host does.
+"""
 
 _current: "HostWorker | None" = None
 
@@ -116,6 +119,7 @@ class HostWorker:
         return instance
 
     def _ended(self, instance: str) -> bool:
+        self._tailed_at = 0.0
         try:
             return self.service.ended(instance)
         except StoreUnavailableError:

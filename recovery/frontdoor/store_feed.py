@@ -135,11 +135,16 @@ class StoreReports:
         self._store, self._sender, self._door = store, sender, door
         self._queue: queue.Queue[Callable[[], object]] = queue.Queue(maxsize=1000)
         self._asked: dict[str, float] = {}
+        self._busy: set[str] = set()
         threading.Thread(target=self._tell, name="reports", daemon=True).start()
 
     def activity(self, rows: Sequence[Activity]) -> None:
-        """Keep each replica's work in flight where a drain looks for it."""
-        self._put(lambda: self._keep(rows))
+        """Keep each busy replica's work in flight where a drain looks for it, and say once when it has none any more."""
+        telling = [row for row in rows if row.in_flight or row.instance in self._busy]
+        self._busy.difference_update(row.instance for row in telling if not row.in_flight)
+        self._busy.update(row.instance for row in telling if row.in_flight)
+        if telling:
+            self._put(lambda: self._keep(telling))
 
     def _keep(self, rows: Sequence[Activity]) -> None:
         for row in rows:
