@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from recovery.cli.examples import add_examples
 from recovery.cli.exits import EXIT_HELP, Exit, exit_of
 from recovery.errors import RecoveryError, StoreUnavailableError
 
@@ -44,6 +45,7 @@ def _register() -> None:
         register = getattr(importlib.import_module(f"{__name__}.{module.name}"), "register", None)
         if register is not None:
             register(app)
+    add_examples(app)
 
 
 _register()

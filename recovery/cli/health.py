@@ -27,11 +27,7 @@ def register(app: typer.Typer) -> None:
 
 
 def health(part: Annotated[PartName, typer.Argument(help="the part to ask for")]) -> int:
-    """
-    Say whether a part on this machine does its work: 0 yes, 1 no and why.
-
-    Example: recovery health host
-    """
+    """Say whether a part on this machine does its work: 0 yes, 1 no and why."""
     why = checks.problem(part.value)
     if why is not None:
         err.print(why, markup=False)

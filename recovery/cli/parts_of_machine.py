@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(workers, name="workers", rich_help_panel="Changes without downtime")
 
 
-@workers.command(epilog="Example, after an upgrade of the code:  recovery workers restart")
+@workers.command()
 def restart(
     parts: Annotated[list[str] | None, typer.Argument(help="host, control, beat, api, flower, door [default: all there are]")] = None,
     timeout: Annotated[float, typer.Option("--timeout", help="seconds to wait")] = 900.0,

@@ -35,11 +35,7 @@ def print_units(
     home: Annotated[Path, typer.Option("--home", help="folder of everything that is kept")] = Path("/var/lib/recovery"),
     into: Annotated[Path | None, typer.Option("--into", help="write one file per unit there", show_default=False)] = None,
 ) -> int:
-    """
-    Print a systemd unit for each part named.
-
-    Example, as root on a GPU host: recovery systemd print host --into /etc/systemd/system && systemctl enable --now recovery-host
-    """
+    """Print a systemd unit for each part named."""
     if unknown := [part for part in parts or () if part not in units.WHAT]:
         raise ConfigError(f"cannot print a unit for {unknown[0]!r}: there are {', '.join(units.WHAT)}")
     program = Path(sys.executable).parent / "recovery"
@@ -60,10 +56,6 @@ def print_units(
 def print_rules(
     secrets: Annotated[Path, typer.Option("--secrets", help="file of the passwords; what it lacks is made and added, mode 0600")],
 ) -> int:
-    """
-    Print an access control file for Redis (its `aclfile`), with one user per role.
-
-    Example: recovery acl print --secrets /etc/recovery/redis-passwords > /etc/redis/users.acl
-    """
+    """Print an access control file for Redis (its `aclfile`), with one user per role."""
     sys.stdout.write(access.rules(access.passwords(secrets), load_settings({**os.environ}).key_prefix))
     return Exit.OK
