@@ -19,8 +19,6 @@ from recovery.ports import Store
 from recovery.settings import Settings
 
 FLOWER_USER = "recovery"
-FLOWER_MAX_TASKS = 5000
-"""Flower keeps every task in memory, 100000 by default (CELERY-FACTS.md, section 1)."""
 TICK_FRESH_S = 5.0
 LONGEST_DRAIN_S = 75.0
 """The front door gives work in flight 60 s (`DoorSettings.drain_timeout_s`)."""
@@ -84,11 +82,11 @@ def door(settings: Settings) -> Listed:
 
 
 def flower(settings: Settings) -> Listed:
-    """Flower on loopback, behind a password that no process list shows."""
-    options = (f"--port={settings.flower_port}", "--address=127.0.0.1", f"--max_tasks={FLOWER_MAX_TASKS}", "--persistent=False")
+    """Flower on loopback, its figures too behind a password that no process list shows."""
     where = ("127.0.0.1", settings.flower_port)
+    secret = {"FLOWER_BASIC_AUTH": f"{FLOWER_USER}:{flower_password(settings)}"}
     return Listed(
-        Part("flower", _celery("flower", *options), {"FLOWER_BASIC_AUTH": f"{FLOWER_USER}:{flower_password(settings)}"}),
+        Part("flower", (sys.executable, "-m", "recovery.deploy.flower"), secret),
         lambda: listens(*where),
         {"RECOVERY_FLOWER_PORT": where},
         f"http://127.0.0.1:{settings.flower_port}",

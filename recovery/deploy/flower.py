@@ -1,8 +1,8 @@
 """
-`python -m recovery.deploy.flower [--address=ADDRESS]`: Flower for an address that others reach.
+`python -m recovery.deploy.flower [--address=ADDRESS]`: Flower as this project runs it, on loopback unless told otherwise.
 
-The same command line as `recovery flower`, with two differences: it refuses an address beyond loopback without a password
-of one's own, and its `/metrics`, which Flower serves to anybody (CELERY-FACTS.md, section 1), wants the password too.
+Flower serves its `/metrics` to anybody, password or not (CELERY-FACTS.md, section 1); here it wants the password too. An
+address beyond loopback is refused without a password of one's own.
 """
 
 import os
@@ -16,6 +16,8 @@ from recovery.part_list import flower
 from recovery.settings import Settings, is_loopback, load_settings
 
 OPTION = "--address="
+MAX_TASKS = 5000
+"""Flower keeps every task in memory, 100000 by default (CELERY-FACTS.md, section 1)."""
 
 
 def command(settings: Settings, arguments: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -23,9 +25,8 @@ def command(settings: Settings, arguments: Sequence[str]) -> tuple[tuple[str, ..
     address = next((word.removeprefix(OPTION) for word in arguments if word.startswith(OPTION)), "127.0.0.1")
     if not is_loopback(address) and settings.flower_password is None:
         raise ConfigError(f"cannot open Flower on {address} without a password: set RECOVERY_FLOWER_PASSWORD")
-    part = flower(settings).part
-    words = part.argv[part.argv.index("celery") :]
-    return tuple(f"{OPTION}{address}" if word.startswith(OPTION) else word for word in words), dict(part.env)
+    options = (f"--port={settings.flower_port}", f"{OPTION}{address}", f"--max_tasks={MAX_TASKS}", "--persistent=False")
+    return ("celery", "-A", "workers.app", "flower", *options), dict(flower(settings).part.env)
 
 
 def guard_metrics() -> None:

@@ -153,13 +153,18 @@ def test_a_part_that_dies_comes_back(fleet: Installation, part: str) -> None:
 
 
 def test_flower_stands_behind_a_password_that_no_process_list_shows(fleet: Installation) -> None:
-    url, file = f"http://127.0.0.1:{fleet.flower}/api/workers", fleet.home / "flower-password"
+    """
+    Its figures, which name every worker and task, stand behind it too; Flower's own would be open to anybody.
+    """
+    file = fleet.home / "flower-password"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     password = file.read_text()
     assert not any(password in word for word in fleet.parts()["flower"].cmdline())
     with httpx.Client(trust_env=False, timeout=PATIENCE_S) as client:
-        assert client.get(url).status_code == 401
-        assert client.get(url, auth=("recovery", password)).status_code == 200
+        for path in ("/", "/api/workers", "/metrics"):
+            url = f"http://127.0.0.1:{fleet.flower}{path}"
+            assert client.get(url).status_code == 401, path
+            assert client.get(url, auth=("recovery", password)).status_code == 200, path
 
 
 def test_a_control_worker_that_does_not_answer_is_a_timeout(fleet: Installation) -> None:
