@@ -26,7 +26,10 @@ TRUE_WORDS: Final = frozenset({"true", "1", "yes", "on"})
 FALSE_WORDS: Final = frozenset({"false", "0", "no", "off"})
 RUN_DIR_LIMIT: Final = 80
 """A socket's path must stay under 107 bytes (CELERY-FACTS.md), and its name needs some of them."""
+LOG_LEVELS: Final = r"(?i)^(debug|info|warning|error)$"
 MARKER: Final = "RECOVERY_RUN"
+OURS: Final = frozenset({MARKER, "RECOVERY_PART", "RECOVERY_DEBUG", "RECOVERY_INSTANCE", "RECOVERY_CHAOS_DISK"})
+"""What the code reads or sets that is no setting: marks of processes, --debug, the simulator's name, the disk of `recovery chaos`."""
 
 _TOKEN: Final = re.compile(r"^[\x21-\x7e]+$")
 
@@ -65,6 +68,7 @@ class Settings(Frozen):
     read_tokens: tuple[SecretStr, ...] = _env("RECOVERY_READ_TOKENS", (), "tokens that may only look")
     flower_password: SecretStr | None = _env("RECOVERY_FLOWER_PASSWORD", None, "Flower's password (default: made, kept with mode 0600)")
     webhook_url: SecretStr | None = _env("RECOVERY_WEBHOOK_URL", None, "told when an incident opens and closes")
+    log_level: str = _env("RECOVERY_LOG_LEVEL", "INFO", "how much the parts log: debug, info, warning or error", pattern=LOG_LEVELS)
 
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
@@ -166,7 +170,7 @@ def port_clashes(fleet: Fleet, settings: Settings) -> tuple[str, ...]:
 
 def unknown_names(environ: Mapping[str, str]) -> tuple[str, ...]:
     """RECOVERY_* variables that no setting is called by: most likely misspelt."""
-    return tuple(sorted(name for name in environ if name.startswith("RECOVERY_") and name not in _fields() and name != MARKER))
+    return tuple(sorted(name for name in environ if name.startswith("RECOVERY_") and name not in _fields() and name not in OURS))
 
 
 def settings_table() -> tuple[SettingRow, ...]:

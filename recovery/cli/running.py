@@ -297,8 +297,7 @@ def _settings(fleet: Path | None, host: str | None) -> Settings:
     given = {"RECOVERY_FLEET": str(fleet.absolute()) if fleet is not None else None, "RECOVERY_HOST": host}
     os.environ.update({name: value for name, value in given.items() if value is not None})
     for name in unknown_names(os.environ):
-        if name not in ("RECOVERY_PART", "RECOVERY_DEBUG", "RECOVERY_LOG_LEVEL"):
-            err.print(f"warning: no setting is called {name}; is it misspelt?")
+        err.print(f"warning: no setting is called {name}; is it misspelt?")
     return load_settings()
 
 

@@ -1,5 +1,6 @@
 """The environment of an installation, and the reading of the fleet file from disk."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,32 @@ def test_loopback_is_only_what_no_other_machine_reaches():
 
 def test_misspelt_variables_are_found():
     assert unknown_names({"RECOVERY_API_PROT": "1", "RECOVERY_API_PORT": "1", "RECOVERY_RUN": "x", "HOME": "/"}) == ("RECOVERY_API_PROT",)
+
+
+def test_every_variable_of_the_code_is_known():
+    """
+    Or its user would be warned of a name that works, by `recovery up` and by the doctor.
+    """
+    root = EXAMPLES.parent
+    sources = [
+        path
+        for folder in ("recovery", "workers")
+        for path in (root / folder).rglob("*")
+        if path.suffix in (".py", ".service", ".lua", ".html", ".js") or path.name == "redis.acl"
+    ]
+    named = {
+        name: str(path.relative_to(root))
+        for path in (*sources, root / "beat_schedule.py", root / "docker-compose.yml", root / "Dockerfile")
+        for name in re.findall(r"\bRECOVERY_[A-Z_]*[A-Z]\b", path.read_text())
+    }
+
+    assert {"RECOVERY_HOME", "RECOVERY_PART", "RECOVERY_LOG_LEVEL"} <= set(named)
+    assert {name: named[name] for name in unknown_names(named)} == {}
+
+
+def test_an_unknown_log_level_is_refused_before_any_part_starts():
+    assert "RECOVERY_LOG_LEVEL" in refused({"RECOVERY_LOG_LEVEL": "loud"})[0]
+    assert load_settings({"RECOVERY_LOG_LEVEL": "debug"}).log_level == "debug"
 
 
 def test_the_fleet_file_is_read_for_this_host(monkeypatch):
