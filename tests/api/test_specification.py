@@ -9,18 +9,11 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from recovery import wiring
-from recovery.adapters.drill_hands import Hands
-from recovery.adapters.processes import Processes
 from recovery.core.view import STATUS_FIELDS
-from recovery.drill import Fault, run_drill
-from recovery.errors import ConflictError
-from recovery.settings import load_settings
 from tests.api.live import PATIENCE_S, Live, free_ports, living, simulated
 from tests.helpers import wait_until
 
@@ -147,26 +140,3 @@ def test_killing_the_api_in_the_middle_of_a_restart_changes_nothing(fresh: Live)
 
     wait_until(lambda: fresh.client.get(answer["link"]).json().get("outcome"), "done", within_s=PATIENCE_S)
     assert fresh.model("vllm")["restart_count"] == 1
-
-
-@pytest.mark.parametrize("fault", list(Fault))
-def test_every_drill_is_survived_and_told(fresh: Live, fault: Fault, monkeypatch: pytest.MonkeyPatch):
-    for name, value in fresh.environment.items():
-        monkeypatch.setenv(name, value)
-    wired = wiring.build(load_settings(fresh.environment))
-    heard: list[str] = []
-    look = Processes(Path(wired.settings.home)).look
-
-    report = run_drill(wired.store, look, Hands(), "here", "vllm", fault, on_event=lambda moment: heard.append(moment.kind))
-
-    assert report.outcome == "recovered", report.lines()
-    assert report.detected_s is not None and report.restarted_s is not None and report.ready_s is not None
-    assert report.detected_s <= report.restarted_s <= report.ready_s
-    assert heard[0] == "drill" and heard[-1] == "healthy"
-    assert type(report).model_validate_json(report.model_dump_json()) == report
-    assert "drill" in [each["kind"] for each in fresh.client.get("/api/llm/models/vllm/events").json()["events"]]
-    with pytest.raises(ConflictError, match="not marked 'drill: true'"):
-        run_drill(wired.store, look, Hands(), "here", "other", fault)
-    with pytest.raises(ConflictError, match="runs on here; run it there"):
-        run_drill(wired.store, look, Hands(), "elsewhere", "vllm", fault)
-    wired.store.close()
