@@ -25,6 +25,7 @@ def examine(wiring: Wiring, environ: Mapping[str, str]) -> tuple[Finding, ...]:
         facts = {
             "redis": info,
             "traces": traces(wiring.store),
+            "unreadable": tuple(wiring.store.unreadable().values()),
             "failed": tuple(f"{row.id} has failed: {row.reason}" for row in rows if row.state is State.FAILED),
             "brake": f"on since many instances failed with {brake['cause']}" if brake and not brake.get("released_at") else None,
         }

@@ -4,6 +4,7 @@ import os
 import sys
 
 from recovery import logs, wiring
+from recovery.adapters.last_known import LastKnownStore
 from recovery.errors import RecoveryError
 from recovery.frontdoor.server import Server, announce
 from recovery.frontdoor.settings import DoorSettings
@@ -29,8 +30,9 @@ def main() -> int:
             keys_file=settings.home / "keys.json" if (settings.home / "keys.json").exists() else None,
             access_log=settings.home / "logs" / "access.log",
         )
-        reports = StoreReports(wired.store, CelerySender(app), f"{settings.host}-{os.getpid()}")
-        return Server(door, StoreFeeder(wired.store, fleet, dict(os.environ)), reports).run(announce)
+        store = LastKnownStore(wired.url, settings.key_prefix)
+        reports = StoreReports(store, CelerySender(app), f"{settings.host}-{os.getpid()}")
+        return Server(door, StoreFeeder(store, fleet, dict(os.environ)), reports).run(announce)
     except RecoveryError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -18,6 +18,7 @@ from recovery.core.instance import Desired, Instance
 from recovery.core.states import State
 from recovery.core.summary import Load, load_of
 from recovery.core.view import ModelView, by_model, model_view
+from recovery.core.watching import deaf_hosts
 from recovery.ports import Store
 
 CONTROL_QUEUE = "control"
@@ -34,6 +35,7 @@ class FleetCollector(Collector):
         store = self._store
         rows, beats, counters = store.load_all(), store.known_hosts(), store.counters()
         kept, ticked = memories(store), store.get("tick")
+        unreadable = max(0, len(store.ids()) - len(rows))
         depths = store.queue_depths([CONTROL_QUEUE, *(f"gpu.{host}" for host in sorted(beats))])
         now = store.now()
 
@@ -49,6 +51,7 @@ class FleetCollector(Collector):
         yield from _traffic({model: load for model, load in loads.items() if load is not None})
         yield from _hosts(beats, now)
         yield from _machinery(ticked, depths, now)
+        yield _gauge("recovery_rows_unreadable", "Instances left alone, since a newer version wrote their rows", [], [[unreadable]])
 
 
 def _specified(models: Sequence[ModelView], counters: counting.Counters) -> Iterator[Metric]:
@@ -212,6 +215,13 @@ def _hosts(beats: Mapping[str, Mapping[str, Any]], now: float) -> Iterator[Metri
         "Seconds since a task last came through a host's queue; rising while the host is up, its worker is deaf",
         ["host"],
         ([h, max(0.0, now - b["served_at"])] for h, b in each if b.get("served_at")),
+    )
+    deaf = deaf_hosts(beats, now)
+    yield _gauge(
+        "recovery_host_deaf",
+        "1 = its worker beats but takes no tasks; it is started again by its part manager",
+        ["host"],
+        ([h, float(h in deaf)] for h, _ in each),
     )
     gpus = [(host, gpu) for host, beat in each for gpu in beat.get("gpus", ())]
     names = ["host", "gpu", "name"]

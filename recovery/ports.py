@@ -28,7 +28,10 @@ class Store(Protocol):
         """Return the row, an older schema migrated; raise `SchemaError` on a newer one."""
 
     def load_many(self, ids: Sequence[str]) -> tuple[Instance, ...]:
-        """Return those rows that exist, in one round trip."""
+        """Return those rows that exist, in one round trip. One that this version cannot read is left out, here and below."""
+
+    def unreadable(self) -> Mapping[str, str]:
+        """Return why the rows that this version cannot read are left out, by their ids."""
 
     def ids(self) -> tuple[str, ...]:
         """Return the ids of all rows, sorted."""

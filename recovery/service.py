@@ -2,7 +2,7 @@
 The use cases that need no GPU host: commands, the tick, and views. Synchronous; every method is short.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from recovery.committing import Committer
@@ -10,7 +10,7 @@ from recovery.core.commanding import Command, Refused, Verb, on_command, refusal
 from recovery.core.fleet import Fleet
 from recovery.core.instance import Instance, Value
 from recovery.core.states import State
-from recovery.errors import UnknownModelError
+from recovery.errors import RecoveryError, SchemaError, UnknownModelError
 from recovery.ports import Queue, Sender, Store, Webhook
 from recovery.rescheduling import Rescheduler
 from recovery.roller import Roller
@@ -45,12 +45,11 @@ class Service:
         self.rescheduler = Rescheduler(store, self.committer, fleet)
 
     def rows_of(self, model: str) -> tuple[Instance, ...]:
-        """Return the rows of a model, replicas in order; raise `UnknownModelError` with the ids there are."""
+        """Return the rows of a model, replicas in order; raise `UnknownModelError` with the ids there are, `SchemaError`."""
         rows = self.store.load_all()
         found = tuple(sorted((row for row in rows if row.model == model), key=lambda row: row.replica))
         if not found:
-            known = ", ".join(sorted({row.model for row in rows})) or "none yet"
-            raise UnknownModelError(f"cannot find a model {model[:80]!r} in the fleet; there are: {known}")
+            raise not_found(self.store, model, rows)
         return found
 
     def command(self, model: str, command: Command) -> Answer:
@@ -119,6 +118,15 @@ class Service:
     def _probe_now(self, row: Instance) -> None:
         kwargs = {"instances": [row.id], "sent_at": self.store.now()}
         self.sender.send("recovery.probe_host", kwargs, queue=f"gpu.{row.placement.host}")
+
+
+def not_found(store: Store, name: str, rows: Iterable[Instance]) -> RecoveryError:
+    """Why there are no rows of a model, or of an instance, of that name: `SchemaError` when there are, but of a newer version."""
+    for instance, why in store.unreadable().items():
+        if name in (instance, instance.rpartition("-")[0]):
+            return SchemaError(why)
+    known = ", ".join(sorted({row.model for row in rows})) or "none yet"
+    return UnknownModelError(f"cannot find a model {name[:80]!r} in the fleet; there are: {known}")
 
 
 def outcome_of(rows: tuple[Instance, ...], verb: Verb, token: int | None) -> str | None:

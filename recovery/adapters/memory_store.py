@@ -20,7 +20,7 @@ from recovery.adapters.redis_keys import CHANGES_KEPT, EVENTS_KEPT, HISTORY_TTL_
 from recovery.adapters.redis_store import CLAIM_EARLY_S
 from recovery.core.change import Change, Commit, Count, Incident, ModelEvent
 from recovery.core.instance import Desired, Instance
-from recovery.errors import LeaseHeldError, StaleTokenError, StoreUnavailableError, VersionConflictError
+from recovery.errors import LeaseHeldError, SchemaError, StaleTokenError, StoreUnavailableError, VersionConflictError
 from recovery.ports import Queue
 
 PAGE = 1_000
@@ -130,10 +130,23 @@ class MemoryStore:
         return None if row is None else rows.decode(row.doc, row.version, row.lease_until, row.due)
 
     def load_many(self, ids: Sequence[str]) -> tuple[Instance, ...]:
-        """Return those rows that exist."""
+        """Return those rows that exist and can be read."""
+        return self._read(ids)[0]
+
+    def unreadable(self) -> dict[str, str]:
+        """Return why the rows that this version cannot read are left out, by their ids."""
+        return self._read(self.ids())[1]
+
+    def _read(self, ids: Sequence[str]) -> tuple[tuple[Instance, ...], dict[str, str]]:
+        found, refused = [], {}
         with self._open():
-            found = [self.load(instance_id) for instance_id in ids]
-        return tuple(row for row in found if row is not None)
+            for instance_id in ids:
+                try:
+                    if (row := self.load(instance_id)) is not None:
+                        found.append(row)
+                except SchemaError as error:
+                    refused[instance_id] = str(error)
+        return tuple(found), refused
 
     def ids(self) -> tuple[str, ...]:
         """Return the ids of all rows, sorted."""

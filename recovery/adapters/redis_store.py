@@ -5,6 +5,7 @@ Python decides, Redis commits: three scripts in `lua/` write, everything else re
 """
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from recovery.adapters.redis_records import RedisRecords, compact, counter_field
 from recovery.adapters.redis_url import RedisUrl
 from recovery.core.change import Change, Commit, ModelEvent
 from recovery.core.instance import Instance
-from recovery.errors import LeaseHeldError, StaleTokenError, VersionConflictError
+from recovery.errors import LeaseHeldError, SchemaError, StaleTokenError, VersionConflictError
 from recovery.ports import Queue
+
+log = logging.getLogger(__name__)
 
 CLAIM_EARLY_S = 0.1
 """How much before `not_before` a claim is still right: a delayed message and the row are timed by different clocks."""
@@ -42,6 +45,7 @@ class RedisStore(RedisRecords):
         self._commit = self._script("commit")
         self._claim = self._script("claim")
         self._pop_due = self._script("pop_due")
+        self._refused: dict[str, str] = {}
 
     def _script(self, name: str) -> Callable[..., Any]:
         text = (Path(__file__).parent / "lua" / f"{name}.lua").read_text(encoding="utf-8")
@@ -60,14 +64,32 @@ class RedisStore(RedisRecords):
         """Return the row, an older schema migrated; raise `SchemaError` on a newer one."""
         return _row(self._redis.hmget(self.keys.row(instance_id), _ROW_FIELDS))
 
-    @speaks_redis
     def load_many(self, ids: Sequence[str]) -> tuple[Instance, ...]:
-        """Return those rows that exist, in one round trip."""
+        """Return those rows that exist, in one round trip. One that this version cannot read is left out, and the log says so once."""
+        return self._read(ids)[0]
+
+    def unreadable(self) -> dict[str, str]:
+        """Return why the rows that this version cannot read are left out, by their ids."""
+        return self._read(self.ids())[1]
+
+    @speaks_redis
+    def _read(self, ids: Sequence[str]) -> tuple[tuple[Instance, ...], dict[str, str]]:
         with self._redis.pipeline(transaction=False) as pipe:
             for instance_id in ids:
                 pipe.hmget(self.keys.row(instance_id), _ROW_FIELDS)
-            found = (_row(fields) for fields in pipe.execute())
-            return tuple(row for row in found if row is not None)
+            answers = pipe.execute()
+        found, refused = [], {}
+        for instance_id, fields in zip(ids, answers, strict=True):
+            try:
+                if (row := _row(fields)) is not None:
+                    found.append(row)
+            except SchemaError as error:
+                refused[instance_id] = str(error)
+        for instance_id, why in refused.items():
+            if self._refused.get(instance_id) != why:
+                self._refused[instance_id] = why
+                log.error("%s; it is left alone until then", why)
+        return tuple(found), refused
 
     @speaks_redis
     def ids(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import orjson
 
 from recovery.core.instance import Instance
 from recovery.core.view import FleetView, ModelView, by_model, model_view
-from recovery.errors import RecoveryError, StoreUnavailableError, UnknownModelError
+from recovery.errors import RecoveryError, SchemaError, StoreUnavailableError, UnknownModelError
 from recovery.ports import Store
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class Board:
         self._store = store
         self._rows: dict[str, Instance] = {}
         self._models: dict[str, tuple[Instance, ...]] = {}
+        self._unreadable: Mapping[str, str] = {}
         self._hosts: dict[str, dict[str, Any]] = {}
         self._alive: frozenset[str] = frozenset()
         self._hosts_read_at = 0.0
@@ -125,12 +126,20 @@ class Board:
         """The rows of every model, models by id."""
         return self._models
 
+    @property
+    def unreadable(self) -> Mapping[str, str]:
+        """Why rows that a newer version has written are not told of, by instance."""
+        return self._unreadable
+
     def rows_of(self, model: str) -> tuple[Instance, ...]:
-        """Return a model's rows by replica; raise `UnknownModelError`, `StoreUnavailableError`."""
+        """Return a model's rows by replica; raise `UnknownModelError`, `SchemaError` (a newer version's), `StoreUnavailableError`."""
         self.check()
         try:
             return self._models[model]
         except KeyError:
+            for instance, why in self._unreadable.items():
+                if instance.rpartition("-")[0] == model:
+                    raise SchemaError(why) from None
             known = ", ".join(sorted(self._models)[:20]) or "none yet"
             raise UnknownModelError(f"LLM model '{model[:80]}' not found; there are: {known}") from None
 
@@ -207,6 +216,8 @@ class Board:
             position = changes[-1].id
         else:
             replace = known is not None
+        if gone or replace:
+            self._unreadable = self._store.unreadable()
         self._call(self._learn, known or {}, gone, replace)
         if self._loop.time() - self._hosts_read_at >= FOLLOW_S or replace:  # not for each of many changes a second
             self._hosts_read_at = self._loop.time()

@@ -13,14 +13,16 @@ from recovery.api.limits import limited
 from recovery.api.schemas import PROBLEM, GpuView, HostList, HostView, TaskView, WhoView, answers
 from recovery.api.state import Here
 from recovery.api.web import Json
+from recovery.core.watching import Traces, remarks, unrepairable
 from recovery.metrics import FleetCollector
 
 router = APIRouter(tags=["fleet"])
 bare = APIRouter(tags=["health"])
 
 TaskId = Annotated[str, Path(pattern=r"^[0-9a-f-]{36}$", max_length=36, description="as a command answered it")]
-READY: dict[int | str, dict[str, Any]] = {503: {"content": PROBLEM, "description": "Redis is away, or the clock does not tick"}}
-TICK_LATE_S = 15.0
+READY: dict[int | str, dict[str, Any]] = {
+    503: {"content": PROBLEM, "description": "Redis is away, the clock does not tick, or every host is deaf"}
+}
 
 
 @router.get("/tasks/{task_id}", response_model=TaskView, responses=answers(404), summary="What became of a command")
@@ -125,12 +127,14 @@ async def livez() -> str:
 
 @bare.get("/readyz", response_class=PlainTextResponse, responses=READY, summary="This process can do its work")
 async def readyz(here: Here) -> str:
-    """200 when Redis answers and the clock ticks: without ticks nothing is repaired."""
-    here.board.check()
+    """200 when Redis answers, the clock ticks and some host takes tasks; without these nothing is repaired. Lesser troubles are told."""
+    board = here.board
+    board.check()
     ticked = await to_thread.run_sync(here.store.get, "tick", limiter=here.readers)
-    if ticked is None or here.board.now - float(ticked) > TICK_LATE_S:
-        raise HTTPException(503, "The clock does not tick: no beat or no control worker runs", {"retry-after": "2"})
-    return "ok"
+    traces = Traces(now=board.now, tick_at=ticked, hosts={name: {**beat, "age_s": board.age_s(name)} for name, beat in board.hosts.items()})
+    if (why := unrepairable(traces)) is not None:
+        raise HTTPException(503, why, {"retry-after": "2"})
+    return "\n".join(("ok", *remarks(traces, len(board.unreadable))))
 
 
 @bare.get(

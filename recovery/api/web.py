@@ -18,7 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from recovery.errors import ConflictError, HostAwayError, RecoveryError, StoreUnavailableError, UnknownModelError
+from recovery.errors import ConflictError, HostAwayError, RecoveryError, SchemaError, StoreUnavailableError, UnknownModelError
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +145,8 @@ def install_errors(app: FastAPI) -> None:
             return error(409, str(problem))
         if isinstance(problem, StoreUnavailableError | HostAwayError):
             return error(503, str(problem), {"retry-after": str(RETRY_AFTER_S)})
+        if isinstance(problem, SchemaError):
+            return error(503, str(problem))
         log.error("cannot answer: %s", problem)
         return error(500, "Internal error; see the log of the management API")
 

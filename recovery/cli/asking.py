@@ -1,6 +1,7 @@
 """How commands reach the fleet: views from Redis, deeds through the public Celery tasks, each within a deadline."""
 
 import functools
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,7 +11,8 @@ from rich.console import Console
 from recovery import wiring
 from recovery.cli.exits import TimedOutError
 from recovery.core.instance import Instance
-from recovery.errors import ConflictError, StoreUnavailableError, UnknownModelError
+from recovery.errors import ConflictError, StoreUnavailableError
+from recovery.service import not_found
 
 ANSWER_S = 5.0
 """A Redis that is away or frozen is told within this time, whatever the clients below think of it."""
@@ -25,7 +27,8 @@ T = TypeVar("T")
 
 @functools.cache
 def wired() -> wiring.Wiring:
-    """The wiring of this environment."""
+    """The wiring of this environment. What the store would log, these commands say themselves."""
+    logging.getLogger("recovery").addHandler(logging.NullHandler())
     return wiring.build()
 
 
@@ -89,10 +92,9 @@ def _ask(task: str, args: tuple[Any, ...], kwargs: dict[str, Any], queue: str, w
 
 
 def rows_of(name: str) -> tuple[Instance, ...]:
-    """The rows of a model, or of one instance; `UnknownModelError` names those there are."""
+    """The rows of a model, or of one instance; `UnknownModelError` names those there are, `SchemaError` if only they cannot be read."""
     rows = within(wired().store.load_all)
     found = tuple(row for row in rows if row.model == name) or tuple(row for row in rows if row.id == name)
     if not found:
-        known = ", ".join(sorted({row.model for row in rows})) or "none yet"
-        raise UnknownModelError(f"cannot find a model or instance {name[:80]!r} in the fleet; there are: {known}")
+        raise within(lambda: not_found(wired().store, name, rows))
     return tuple(sorted(found, key=lambda row: row.replica))

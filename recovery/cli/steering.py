@@ -38,7 +38,9 @@ def status(
 ) -> int:
     """What runs where, how it is, and what is about to happen."""
     store = wired().store
-    rows, now, hosts, ticked = within(lambda: (store.load_all(), store.now(), store.hosts(), store.get("tick")))
+    rows, now, hosts, ticked, unreadable = within(
+        lambda: (store.load_all(), store.now(), store.hosts(), store.get("tick"), store.unreadable())
+    )
     if model is not None:
         rows = rows_of(model)
     view = fleet_view(rows, now, hosts)
@@ -48,6 +50,8 @@ def status(
         _print_status(view, now)
         if ticked is None or now - float(ticked) > 10.0:
             err.print("warning: the clock does not tick: no beat or no control worker runs, so nothing is repaired (`recovery up`)")
+    for why in unreadable.values():
+        err.print(f"warning: {why}; it is left alone until then")
     return Exit.OK
 
 

@@ -44,6 +44,7 @@ class Facts(Value):
     unknown_settings: tuple[str, ...] = ()
     port_problems: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = Field((), description="rows that a newer version wrote, each with why it is left alone")
     brake: str | None = None
 
 
@@ -127,6 +128,8 @@ def _fleet(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             what="fleet file", level="bad", text=problem, mend="correct it (`recovery validate FILE`); the last good one stays in force"
         )
+    for text in facts.unreadable:
+        yield Finding(what="row", level="bad", text=text, mend="`pip install` the newer version here, then `recovery workers restart`")
     for text in facts.failed:
         yield Finding(what="model", level="bad", text=text, mend="`recovery incidents`, then `recovery reset MODEL` once it is mended")
     if facts.brake is not None:

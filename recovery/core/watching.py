@@ -59,6 +59,27 @@ def deaf_hosts(hosts: Mapping[str, Mapping[str, Any]], now: float) -> dict[str, 
     return {name: why for name, beat in sorted(alive.items()) if (why := deaf(beat, now)) is not None}
 
 
+def unrepairable(traces: Traces) -> str | None:
+    """Why nothing at all is repaired at this moment; None when the loop is at work, at least for some host."""
+    late_s = tick_age_s(traces)
+    if late_s is None or late_s > TICK_LATE_S:
+        return "The clock does not tick: no beat or no control worker runs"
+    alive = [beat for beat in traces.hosts.values() if beat.get("alive", True)]
+    if alive and len(deaf_hosts(traces.hosts, traces.now)) == len(alive):
+        return "No host takes tasks: its worker beats but is deaf, and is started again by its part manager"
+    return None
+
+
+def remarks(traces: Traces, unreadable: int = 0) -> tuple[str, ...]:
+    """What else is wrong with our own parts, without names: anybody may read it."""
+    deaf, hosts = len(deaf_hosts(traces.hosts, traces.now)), len(traces.hosts)
+    said = (
+        (deaf, f"of {hosts} hosts that beat or have beaten, {deaf} are deaf: `recovery doctor` says which"),
+        (unreadable, f"{unreadable} instances are left alone, since a newer version wrote them: upgrade this part"),
+    )
+    return tuple(text for count, text in said if count)
+
+
 def works_since(part: str, traces: Traces, host: str, since: float) -> bool:
     """
     Whether one of `TRACED` has done its work since then, by Redis' clock.
