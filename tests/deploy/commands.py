@@ -25,6 +25,7 @@ ELSEWHERE = {
     "git clone": "tests/deploy/test_first_minutes.py::test_make_up_on_a_clean_clone_and_a_kill_heals",
     "pip install": "tests/deploy/test_first_minutes.py::test_wheel_and_sdist_install_into_an_empty_environment",
     "recovery up --fleet examples/fleet.json": "tests/deploy/test_first_minutes.py::test_wheel_and_sdist_install_into_an_empty_environment",
+    "curl -sf http://localhost:8099/llm/models/vllm": "tests/api/test_specification.py::test_the_cron_example_in_its_working_form",
     "recovery --install-completion": "tests/deploy/test_first_minutes.py::test_the_shell_completes",
 }
 """By how a command begins."""
@@ -54,13 +55,19 @@ class Shown(NamedTuple):
 
 
 def shown(*documents: str) -> Iterator[Shown]:
-    """Every line after a `$` in the console blocks of these documents; a line that ends with a backslash goes on."""
+    """
+    Every line after a `$` in the console blocks of these documents, and what their crontabs would run.
+
+    A line that ends with a backslash goes on.
+    """
     for document in documents:
         text = (ROOT / document).read_text()
         for block in re.finditer(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
             before = text[: block.start(1)].count("\n") + 1
             for command in re.finditer(r"^\$ ((?:.*\\\n)*.*)$", block[1], re.MULTILINE):
                 yield Shown(document, before + block[1][: command.start()].count("\n"), command[1])
+        for line in re.finditer(r"^(?:[*\d/,-]+ ){5}(.+)$", text, re.MULTILINE):
+            yield Shown(document, text[: line.start()].count("\n") + 1, line[1])
 
 
 def documents() -> list[str]:

@@ -55,9 +55,9 @@ class Newcomer:
         return done.stdout
 
     def run(self, command: str, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
-        """Run a line of a shell to its end."""
+        """Run a line of a shell to its end; every command of a pipe must succeed."""
         return subprocess.run(
-            [*self.network.entrance, "bash", "-c", command],
+            [*self.network.entrance, "bash", "-o", "pipefail", "-c", command],
             cwd=cwd or self.clone, env={**self.environ, **environ}, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
