@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -25,6 +26,7 @@ from recovery.up import end_directly
 from tests.cli.installation import ROOT, free_ports, model
 from tests.deploy.tls_redis import TlsRedis
 from tests.helpers import wait_until
+from workers.app import make_app
 
 PATIENCE_S = 120.0
 PARTS = ("host", "control", "beat", "api", "door", "flower")
@@ -249,3 +251,21 @@ def test_rules_can_be_printed_again_and_hold_no_password(tmp_path: Path) -> None
     file.write_text("root=x\n")
     with pytest.raises(ConfigError, match="root"):
         access.passwords(file)
+
+
+def test_the_warning_of_insecure_ssl_is_of_the_masked_address_only(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """
+    A worker that is asked for its configuration logs it; nothing is connected to, and the connections do check the certificate.
+    """
+    monkeypatch.setenv("REDIS_URL", "rediss://host:geheim@127.0.0.1:6380/0?ssl_ca_certs=/etc/ca.crt")
+    app = make_app()
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("connected"))
+
+    shown = app.conf.table(censored=True)
+
+    assert "defaulting to insecure SSL behaviour" in caplog.text
+    assert "geheim" not in shown["broker_url"] and "geheim" not in caplog.text
+    caplog.clear()
+    opened = app.connection_for_write()
+    assert opened.ssl == {"ssl_cert_reqs": "required", "ssl_ca_certs": "/etc/ca.crt"}
+    assert caplog.text == ""
