@@ -54,7 +54,10 @@ def host(store: "Store", name: str) -> str | None:
     beat = store.hosts().get(name)
     if beat is None:
         return f"no heartbeat of host {name}: its worker does not run, or cannot reach Redis"
-    silent_s = store.now() - float(beat.get("served_at", 0.0))
+    served_at = float(beat.get("served_at", 0.0))
+    if not served_at:
+        return f"the worker of host {name} beats but has taken no task yet"
+    silent_s = store.now() - served_at
     if silent_s > SERVED_FRESH_S:
         return f"the worker of host {name} beats but has taken no task for {silent_s:.0f} s"
     return None
