@@ -57,7 +57,11 @@ class Report:
 
     def times(self) -> list[float]:
         """Seconds to converge, of every fault that was followed by a time in which all was well."""
-        return [took for done in self.faults if (took := done.took_s) is not None]
+        return _took(self.faults)
+
+    def of(self, kind: Kind) -> list[Done]:
+        """The faults of one kind."""
+        return [done for done in self.faults if done.kind is kind]
 
     def as_dict(self) -> dict[str, object]:
         """For scripts."""
@@ -66,9 +70,7 @@ class Report:
             "held": self.held,
             "seed": self.seed,
             "seconds": self.seconds,
-            "faults": {
-                kind.value: sum(done.kind is kind for done in self.faults) for kind in Kind if any(d.kind is kind for d in self.faults)
-            },
+            "faults": {kind.value: _figures(mine) for kind in Kind if (mine := self.of(kind))},
             "server_starts": self.execs,
             "repairs": self.repairs,
             "converge_median_s": round(statistics.median(times), 2) if times else None,
@@ -86,8 +88,8 @@ class Report:
         """For people."""
         out = [f"seed {self.seed}, {self.seconds:.0f} s of faults", "", f"{'fault':<30} {'times':>5} {'median s':>9} {'worst s':>8}"]
         for kind in Kind:
-            mine = [done for done in self.faults if done.kind is kind]
-            took = [each for done in mine if (each := done.took_s) is not None]
+            mine = self.of(kind)
+            took = _took(mine)
             if mine:
                 median, worst = (f"{statistics.median(took):.1f}", f"{max(took):.1f}") if took else ("-", "-")
                 out.append(f"{kind.value:<30} {len(mine):>5} {median:>9} {worst:>8}")
@@ -109,3 +111,13 @@ class Report:
         out += [f"  {line}" for line in self.broken]
         out.append("everything held" if self.held else f"NOT everything held; what there is to look at is in {self.home}")
         return out
+
+
+def _took(faults: list[Done]) -> list[float]:
+    return [took for done in faults if (took := done.took_s) is not None]
+
+
+def _figures(faults: list[Done]) -> dict[str, object]:
+    """How often, how often all was well again afterwards, and the seconds that took, each."""
+    took = _took(faults)
+    return {"times": len(faults), "survived": len(took), "took_s": [round(each, 2) for each in sorted(took)]}
