@@ -95,14 +95,17 @@ def test_the_shell_completes(newcomer: Newcomer) -> None:
 
 def test_wheel_and_sdist_install_into_an_empty_environment(newcomer: Newcomer, up: Running) -> None:
     """
-    Both hold the same; `recovery up` starts from another folder, with nothing of the repository in reach.
+    Both hold the same: all there is of the package, scripts, pages, rules and templates included. `recovery up` starts from
+    another folder, with nothing of the repository in reach, and serves the page.
     """
     dist, empty, elsewhere = newcomer.folder / "dist", newcomer.folder / "empty", newcomer.folder / "elsewhere"
     newcomer.outside("python", "-m", "pip", "install", "--quiet", "hatchling")
     newcomer.outside("python", "-m", "hatchling", "build", "--directory", str(dist))
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     files = set(zipfile.ZipFile(wheel).namelist())
-    assert {"beat_schedule.py", "workers/app.py", "recovery/deploy/templates/redis.acl", "recovery/monitoring/alerts.yml"} <= files
+    kept = set(newcomer.outside("git", "ls-files", "recovery", "workers", "beat_schedule.py").split())
+    assert {Path(name).suffix for name in kept} >= {".py", ".lua", ".html", ".js", ".css", ".yml", ".json", ".acl", ".service"}
+    assert kept - files == set()
     assert not [name for name in files if name.startswith(("tests/", "examples/"))]
 
     newcomer.outside("python", "-m", "venv", str(empty))
@@ -115,6 +118,11 @@ def test_wheel_and_sdist_install_into_an_empty_environment(newcomer: Newcomer, u
     there = {"PATH": newcomer.environ["PATH"].replace(str(newcomer.clone / ".venv/bin"), str(empty / "bin")), **ports}
     running = newcomer.begin("exec recovery up --fleet fleet.json", elsewhere, RECOVERY_HOME=str(newcomer.folder / "third"), **there)
     running.says(UP)
+    page = newcomer.run("curl -sf http://127.0.0.1:9199/").stdout
+    assets = re.findall(r'"(/static/[^"?]+)', page)
+    assert assets, page
+    for asset in assets:
+        assert newcomer.run(f"curl -sf http://127.0.0.1:9199{asset}").returncode == 0, asset
     assert running.interrupt() == 0
 
     # The sdist makes the same wheel.
