@@ -25,7 +25,7 @@ from recovery.frontdoor.meters import Meters
 from recovery.frontdoor.poison import Poison
 from recovery.frontdoor.reports import Activity, NoReports, Reports
 from recovery.frontdoor.settings import DoorSettings
-from recovery.frontdoor.upload import PREFIX_BYTES, Upload, model_of
+from recovery.frontdoor.upload import PREFIX_BYTES, Upload, as_served, model_of
 from recovery.frontdoor.view import View
 from recovery.frontdoor.wire import error_body
 
@@ -163,11 +163,12 @@ class Door:
                 exchange.start()
 
     def _exchange(self, client: Client, request: Request, account: Account | None) -> Exchange:
-        kind, body = KINDS.get(request.path) if request.method == b"POST" else None, None
+        kind, body, payload = KINDS.get(request.path) if request.method == b"POST" else None, None, request.body
         if request.upload or not request.body:
             if kind is not None:
                 raise Refusal(400, "a JSON body is needed")
-            model = model_of(request, request.body)
+            pool = self._pool(model_of(request, payload), account)
+            payload = as_served(request, pool, payload)
         else:
             try:
                 body = orjson.loads(request.body)
@@ -178,7 +179,8 @@ class Door:
             model = body.get("model")
             if model is not None and not isinstance(model, str):
                 raise Refusal(400, "model is not a string", param="model")
-        return Exchange(self, client, request, self._pool(model, account), kind, body, request.body)
+            pool = self._pool(model, account)
+        return Exchange(self, client, request, pool, kind, body, payload)
 
     def _pool(self, model: str | None, account: Account | None) -> Pool:
         if not self.view.known:

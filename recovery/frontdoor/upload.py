@@ -15,28 +15,45 @@ if TYPE_CHECKING:
 
 PREFIX_BYTES = 64 * 1024
 """How far into a form its `model` field is looked for. The official clients send fields before files."""
-_MODEL = re.compile(rb'name="?model"?(?:\r\n[^\r\n]+)*\r\n\r\n([^\r\n]{1,500})\r\n', re.IGNORECASE)
+_MODEL = re.compile(rb'\bname="?model"?(?:\r\n[^\r\n]+)*\r\n\r\n([^\r\n]{1,500})\r\n', re.IGNORECASE)
 
 
 def model_of(request: "Request", prefix: bytes) -> str | None:
     """Return the model that a request without JSON names: `?model=`, or the form's field, if it has come."""
     asked = parse_qs(request.query.decode("latin-1")).get("model")
-    if asked:
-        return asked[0]
-    field = _MODEL.search(prefix[:PREFIX_BYTES]) if request.media.startswith(b"multipart/") else None
+    return asked[0] if asked else _text(_field(request, prefix))
+
+
+def as_served(request: "Request", pool: Pool, prefix: bytes) -> bytes:
+    """The start of a form with its model named as the servers of `pool` name it."""
+    field = _field(request, prefix)
+    name = pool.upstream_name(_text(field)) if field is not None else None
+    if field is None or name is None:
+        return prefix
+    return prefix[: field.start(1)] + name.encode() + prefix[field.end(1) :]
+
+
+def _field(request: "Request", prefix: bytes) -> re.Match[bytes] | None:
+    return _MODEL.search(prefix[:PREFIX_BYTES]) if request.media.startswith(b"multipart/") else None
+
+
+def _text(field: re.Match[bytes] | None) -> str | None:
     return field.group(1).decode("utf-8", "replace").strip() if field is not None else None
 
 
 class Upload(Exchange):
     """A request whose body is still coming when it is sent on."""
 
-    __slots__ = ("_lost", "_received", "_waiting")
+    __slots__ = ("_longer", "_lost", "_received", "_waiting")
 
     def __init__(self, door: "Door", client: "Client", request: "Request", pool: Pool) -> None:
         super().__init__(door, client, request, pool, None, None, b"")
-        self._waiting = list(request.parts)
-        self._received = sum(map(len, self._waiting))
+        prefix = b"".join(request.parts)
         request.parts = []
+        self._received = len(prefix)
+        self._waiting = [as_served(request, pool, prefix)]
+        self._longer = len(self._waiting[0]) - len(prefix)
+        """By how many bytes the form grows when its model is called by the servers' name."""
         self._lost = False
         """True once a part that was sent is no longer kept: from then on nothing can be repeated."""
         self.size = self._received
@@ -72,7 +89,9 @@ class Upload(Exchange):
 
     def write_request(self, connection: Upstream, endpoint: Endpoint) -> None:
         request = self.request
-        framing = b"transfer-encoding: chunked\r\n\r\n" if request.chunked else b"content-length: %d\r\n\r\n" % request.length
+        framing = (
+            b"transfer-encoding: chunked\r\n\r\n" if request.chunked else b"content-length: %d\r\n\r\n" % (request.length + self._longer)
+        )
         start = (request.method, b" ", endpoint.prefix, self.path, b" HTTP/1.1\r\n", *request.lines)
         parts = [self._framed(part) for part in self._waiting]
         connection.write(b"".join((*start, b"x-request-id: ", request.request_id, b"\r\n", endpoint.head, framing, *parts)))

@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import json
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -46,7 +47,9 @@ class Echo(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(b"%x\r\n%b\r\n" % (65536, b"s" * 65536))
             self.wfile.write(b"0\r\n\r\n")
             return
-        answer = json.dumps({"path": self.path, "length": len(body), "sum": sum(body) % 9973}).encode()
+        form = re.search(rb'; name="model"\r\n\r\n(.*?)\r\n', body)
+        model = form[1].decode() if form is not None else None
+        answer = json.dumps({"path": self.path, "length": len(body), "sum": sum(body) % 9973, "model": model}).encode()
         self.send_response(200)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(answer)))
@@ -72,8 +75,9 @@ def echo(world: World) -> Iterator[Door]:
     door = Door(world.folder)
     world.parts.append(door)
     port = server.server_address[1]
-    rows = [{"instance": f"{m}-0", "model": m, "host": "127.0.0.1", "port": port} for m in ("ears", "mouth")]
-    door.tell([{"name": row["model"], "replicas": [row]} for row in rows])
+    rows = [{"instance": f"{m}-0", "model": m, "host": "127.0.0.1", "port": port} for m in ("ears", "mouth", "hearing")]
+    named = {"hearing": {"served_names": ["openai/whisper-large-v3", "whisper"]}}
+    door.tell([{"name": row["model"], "settings": named.get(row["model"], {}), "replicas": [row]} for row in rows])
     door.start(keep_upload_bytes=200_000, max_upload_bytes=32 * MIB)
     yield door
     server.shutdown()
@@ -99,6 +103,31 @@ def test_the_model_comes_from_the_form_or_the_query(echo: Door) -> None:
     assert send(echo, 200_000, model="nobody").status_code == 404
     assert send(echo, 200_000, model=None, query="?model=mouth").status_code == 200
     assert echo.metric("recovery_frontdoor_requests_total", model="mouth", code="200") == 1
+
+
+@pytest.mark.parametrize("size", [30, 300_000, 3_000_000])
+def test_a_form_names_the_model_as_its_servers_do(echo: Door, size: int) -> None:
+    """
+    The fleet's own id, which the servers do not know, becomes their first name; a name of theirs stays, and so do all other bytes.
+    """
+    whole = send(echo, size, model="whisper").json()
+    renamed = send(echo, size, model="hearing").json()
+    assert (whole["model"], renamed["model"]) == ("whisper", "openai/whisper-large-v3")
+    assert renamed["length"] - whole["length"] == len("openai/whisper-large-v3") - len("whisper")
+    assert echo.metric("recovery_frontdoor_requests_total", model="hearing", code="200") == 2
+
+
+def test_a_renamed_form_is_the_same_on_its_second_way(echo: Door) -> None:
+    Echo.broken = 1
+    assert send(echo, 100_000, model="hearing").json()["model"] == "openai/whisper-large-v3"
+    first, second = Echo.seen
+    assert first == second
+
+
+def test_a_file_called_model_names_no_model(echo: Door) -> None:
+    files = {"file": ("model", b"\r\nears\r\n" * 100)}
+    answer = httpx.post(f"{echo.url}/v1/audio/transcriptions", files=files, timeout=60, trust_env=False)
+    assert answer.status_code == 400 and "model is needed" in answer.json()["error"]["message"]
 
 
 def test_a_chunked_body_goes_through(echo: Door) -> None:
