@@ -2,35 +2,19 @@
 
 import asyncio
 from collections import deque
-from time import perf_counter
 from typing import TYPE_CHECKING, Protocol, cast
 
 import httptools
 
 from recovery.frontdoor.keys import Account
-from recovery.frontdoor.wire import CONTINUE, HOP_BY_HOP, LAST_CHUNK, error_body, response, status_line
+from recovery.frontdoor.request import PLAIN, SPECIAL, Body, Refusal, Request, specially
+from recovery.frontdoor.wire import CONTINUE, LAST_CHUNK, response, status_line
 
 if TYPE_CHECKING:
     from recovery.frontdoor.door import Door
 
 LINGER_S = 1.0
 CLOSE = b"connection: close\r\n"
-DROPPED = HOP_BY_HOP | {b"host", b"content-length", b"authorization", b"accept-encoding", b"x-request-id", b"expect"}
-"""Fields of a request that are not passed on as they are. Compressed answers could not be read here."""
-
-
-PLAIN = b""
-_SPECIAL: dict[bytes, bytes] = {}
-"""Field names as clients write them: in lower case when the door has to look at them, `PLAIN` when they are passed on."""
-
-
-def _specially(name: bytes) -> bytes:
-    """Sort a field name in; remembered, for clients write the same few names again and again."""
-    lower = name.lower()
-    special = lower if lower in DROPPED or lower == b"content-type" else PLAIN
-    if len(_SPECIAL) < 1000:
-        _SPECIAL[name] = special
-    return special
 
 
 class Served(Protocol):
@@ -41,50 +25,11 @@ class Served(Protocol):
     def abandon(self) -> None: ...
 
 
-class Body(Protocol):
-    """Whatever takes a body as it comes."""
-
-    def body_data(self, data: bytes) -> None: ...
-
-    def body_ends(self) -> None: ...
-
-
-class Request:
-    """One request as far as it has been read."""
-
-    __slots__ = (
-        "authorization", "began", "body", "chunked", "close", "headed", "host", "http10", "length", "lines", "media", "method", "named",
-        "parts", "path", "query", "received", "request_id", "sink", "target", "upload", "whole",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        self.began = perf_counter()
-        self.method = self.target = self.path = self.query = self.media = self.request_id = self.body = b""
-        self.authorization: bytes | None = None
-        self.lines: list[bytes] = []
-        self.named: list[bytes] = []
-        """Fields that the Connection header names: hop-by-hop too."""
-        self.parts: list[bytes] = []
-        self.length = -1
-        self.received = self.host = 0
-        self.chunked = self.close = self.headed = self.http10 = self.upload = self.whole = False
-        self.sink: Body | None = None
-
-
-class Refusal(Exception):
-    """A request that is answered with an error. Raised while it is being read, it also ends the connection."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None, lines: tuple[bytes, ...] = ()) -> None:
-        super().__init__(message)
-        self.status, self.message, self.lines = status, message, lines
-        self.body = error_body(status, message, code, param)
-
-
 class Client(asyncio.Protocol):
     """One connection. Requests are answered one by one, in order; what is pipelined waits, within bounds."""
 
     __slots__ = (
-        "_ahead", "_closing", "_door", "_expects", "_head_began", "_head_bytes", "_head_fields", "_max_fields", "_max_head_bytes",
+        "_ahead", "_closing", "_door", "_head_began", "_head_bytes", "_head_fields", "_max_fields", "_max_head_bytes",
         "_parser", "_pending_head", "_reading", "_refusal", "_request", "_todo", "account", "active", "active_request", "dead",
         "key_name", "paused", "paused_at", "peer", "raw_answer", "since", "transport",
     )  # fmt: skip
@@ -99,7 +44,7 @@ class Client(asyncio.Protocol):
         self._pending_head = b""
         self._head_bytes = self._head_fields = 0
         self._max_head_bytes, self._max_fields = door.settings.max_header_bytes, door.settings.max_headers
-        self._closing = self._expects = self.dead = self.paused = self.raw_answer = False
+        self._closing = self.dead = self.paused = self.raw_answer = False
         self._reading = True
         self.active: Served | None = None
         self.active_request: Request | None = None
@@ -176,7 +121,6 @@ class Client(asyncio.Protocol):
         self._request = Request()
         self._head_began = self._door.now()
         self._head_bytes = self._head_fields = 0
-        self._expects = False
 
     def on_url(self, url: bytes) -> None:
         request = self._request
@@ -194,78 +138,29 @@ class Client(asyncio.Protocol):
             self._reject(431, "request headers too large")
         if request.headed:  # a trailer: no use for any
             return
-        special = _SPECIAL.get(name)
+        special = SPECIAL.get(name)
         if special is None:
-            special = _specially(name)
+            special = specially(name)
         if special is PLAIN:
             request.lines.append(b"%b: %b\r\n" % (name, value))
-        else:
-            self._special_header(request, special, value)
-
-    def _special_header(self, request: Request, name: bytes, value: bytes) -> None:
-        if name == b"content-type":
-            request.media = value
-            request.lines.append(b"content-type: %b\r\n" % value)
-        elif name == b"host":
-            request.host += 1
-        elif name == b"content-length":
-            if not value.isdigit() or len(value) > 18 or request.length >= 0:
-                self._reject(400, "malformed Content-Length")
-            request.length = int(value)
-        elif name == b"authorization":
-            request.authorization = value
-        elif name == b"x-request-id":
-            request.request_id = value[:128]
-        elif name == b"connection":
-            request.named += [token.strip() for token in value.lower().split(b",")]
-        elif name == b"transfer-encoding":
-            if value.strip().lower() != b"chunked" or request.chunked:
-                self._reject(400, "only chunked transfer encoding is known")
-            request.chunked = True
-        elif name == b"expect":
-            if value.lower() != b"100-continue":
-                self._reject(417, "unknown expectation")
-            self._expects = True
+            return
+        refusal = request.take(special, value)
+        if refusal is not None:
+            self._raise(refusal)
 
     def on_headers_complete(self) -> None:
         request = self._request
         assert request is not None
-        request.headed = True
         self._head_began = 0.0
         self.since = self._door.now()
         request.method = self._parser.get_method()
-        version = self._parser.get_http_version()
-        if version not in ("1.1", "1.0"):
-            self._reject(400, "only HTTP/1.1 and 1.0 are known")
-        if self._parser.should_upgrade():
-            self._reject(400, "cannot upgrade a connection")
-        request.http10 = version == "1.0"
-        if request.chunked and (request.length >= 0 or request.http10):
-            self._reject(400, "Content-Length and Transfer-Encoding contradict each other")
-        if request.host != 1 and not (request.http10 and request.host == 0):
-            self._reject(400, "exactly one Host is needed")
-        if request.named and not {b"keep-alive", b"close"}.issuperset(request.named):
-            request.lines = [line for line in request.lines if line.split(b":", 1)[0].lower() not in request.named]
-        request.close = not self._parser.should_keep_alive()
-        self._split_target(request)
-        refusal = self._door.admit_head(self, request)
+        parser = self._parser
+        refusal = request.complete_head(parser.get_http_version(), parser.should_upgrade(), parser.should_keep_alive())
+        refusal = refusal or self._door.admit_head(self, request)
         if refusal is not None:
             self._raise(refusal)
-        if self._expects and self.active is None and not self._todo:
+        if request.expects and self.active is None and not self._todo:
             self.transport.write(CONTINUE)
-
-    def _split_target(self, request: Request) -> None:
-        target = request.target
-        if target[:1] != b"/" and target != b"*":
-            scheme, _, rest = target.partition(b"://")
-            if scheme.lower() not in (b"http", b"https") or not rest:
-                self._reject(400, "malformed request target")
-            target = b"/" + rest.partition(b"/")[2]
-        if b"#" in target:
-            request.target = target = target.partition(b"#")[0]
-        else:
-            request.target = target
-        request.path, _, request.query = target.partition(b"?")
 
     def on_body(self, data: bytes) -> None:
         request = self._request

@@ -16,7 +16,7 @@ from recovery.core.continuation import Kind
 from recovery.core.routing import RetryBudget
 from recovery.frontdoor import endings, setbacks, waiting
 from recovery.frontdoor.accesslog import AccessLog
-from recovery.frontdoor.client import Client, Refusal, Request
+from recovery.frontdoor.client import Client
 from recovery.frontdoor.exchange import Exchange
 from recovery.frontdoor.fleet import Endpoint, Fleet, Pool
 from recovery.frontdoor.keys import Account, Keys
@@ -24,6 +24,7 @@ from recovery.frontdoor.looks import Looks
 from recovery.frontdoor.meters import Meters
 from recovery.frontdoor.poison import Poison
 from recovery.frontdoor.reports import Activity, NoReports, Reports
+from recovery.frontdoor.request import Refusal, Request
 from recovery.frontdoor.settings import DoorSettings
 from recovery.frontdoor.upload import PREFIX_BYTES, Upload, as_served, model_of
 from recovery.frontdoor.view import View

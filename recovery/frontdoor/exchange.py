@@ -3,6 +3,7 @@ One request from its arrival to the end of its answer: sent, held, retried, cont
 
 No task per request and nothing shared but counters: every step is a callback on the loop thread. Until the first
 event has been passed on (`started`), any failure begins anew on another replica; after it, the rest is asked for.
+The way to a replica is in `sending`, what happens without one in `waiting`, after a failure in `setbacks`.
 """
 
 import asyncio
@@ -13,16 +14,16 @@ import orjson
 
 from recovery.core import breaker as breakers
 from recovery.core.continuation import Kind
-from recovery.frontdoor import endings, setbacks, waiting
+from recovery.frontdoor import endings, sending, setbacks, waiting
 from recovery.frontdoor.fleet import Endpoint, Pool, RunKey
 from recovery.frontdoor.record import Record
 from recovery.frontdoor.relay import AnswerRelay, ContinuedRelay, RecordingRelay, Relay, RetoldRelay
-from recovery.frontdoor.resume import CannotResumeError, NothingLeftError, next_body
-from recovery.frontdoor.upstream import Upstream, dial, idle_connection
+from recovery.frontdoor.upstream import Upstream
 
 if TYPE_CHECKING:
-    from recovery.frontdoor.client import Client, Request
+    from recovery.frontdoor.client import Client
     from recovery.frontdoor.door import Door
+    from recovery.frontdoor.request import Request
 
 Answer = tuple[int, list[bytes], bytes]
 FLOWING = (b"audio/", b"video/", b"application/octet-stream", b"application/x-ndjson")
@@ -97,103 +98,7 @@ class Exchange:
 
     def attempt(self) -> None:
         """Send to the best replica there is now, or wait for one."""
-        if self.over:
-            return
-        door = self.door
-        if len(self.crashes) >= 2:
-            endings.refuse_poison(self)
-            return
-        now = door.now()
-        if len(self.crashes) + len(self.pending) >= 2:
-            waiting.hold(self, now)  # whether the last one was a crash is known in a moment
-            return
-        endpoint = self.pool.choose(now, self.visited)
-        if endpoint is None:
-            waiting.nobody(self, now)
-            return
-        if self.attempts:
-            if self.attempts >= door.settings.max_attempts:
-                endings.give_up(self)
-                return
-            wait_s = door.budget.retry(now)
-            if wait_s > 0:
-                self.timer = door.loop.call_later(wait_s, self._send, endpoint)
-                return
-        self._send(endpoint)
-
-    def _send(self, endpoint: Endpoint) -> None:
-        self.timer = None
-        if not endpoint.up:  # it was chosen a while ago
-            self.attempt()
-            return
-        now = self.door.now()
-        self.attempts += 1
-        self.serial += 1
-        if endpoint.busy == 0:
-            endpoint.last_byte = now
-        self.endpoint, self.run = endpoint, endpoint.run_key
-        endpoint.busy += 1
-        endpoint.used += 1
-        if endpoint.breaker is not breakers.CLOSED:
-            endpoint.breaker = breakers.passing(endpoint.breaker)
-        if self.started:
-            self.door.spawn(self._resume(endpoint, self.serial))
-        else:
-            self._connect(endpoint)
-
-    def _connect(self, endpoint: Endpoint) -> None:
-        connection = idle_connection(endpoint, self.door.now() - self.door.settings.upstream_idle_s)
-        if connection is not None:
-            self._go(connection)
-        else:
-            self.door.spawn(self._dial(endpoint, self.serial))
-
-    async def _dial(self, endpoint: Endpoint, serial: int) -> None:
-        try:
-            connection = await dial(endpoint, self.door.loop, self.door.settings.connect_timeout_s)
-        except OSError as error:
-            if self.serial == serial:
-                self.failed("refused", str(error))
-            else:
-                self.door.looks.suspect(endpoint, "cannot connect")
-            return
-        if self.serial == serial:
-            self._go(connection)
-        else:
-            connection.close()
-
-    async def _resume(self, endpoint: Endpoint, serial: int) -> None:
-        """Build the request for the rest of the stream, then send it."""
-        record = self.record
-        assert record is not None
-        try:
-            path, payload = await next_body(record, endpoint, self.door.looks)
-        except CannotResumeError as error:
-            if self.serial == serial:
-                self.leave()
-                endings.cut(self, str(error))
-            return
-        except NothingLeftError:
-            if self.serial == serial:
-                self.leave()
-                ContinuedRelay(self, self.door.settings.max_event_bytes, record).finish_for_length()
-            return
-        except OSError as error:
-            if self.serial == serial:
-                self.failed("refused", str(error))
-            return
-        if self.serial == serial:
-            self.path, self.payload = path, payload
-            self.continued += 1
-            self.pool.meter.continued["text" if record.trouble == "no_ids" else "ids"] += 1
-            self._connect(endpoint)
-
-    def _go(self, connection: Upstream) -> None:
-        endpoint = connection.endpoint
-        self.connection = connection
-        self.sent_at = self.last_at = perf_counter()
-        connection.carry(self)
-        self.write_request(connection, endpoint)
+        sending.attempt(self)
 
     def write_request(self, connection: Upstream, endpoint: Endpoint) -> None:
         """Send the request's bytes."""
@@ -353,7 +258,7 @@ class Exchange:
         endpoint = connection.endpoint
         self.connection = None
         if self.endpoint is endpoint and self.can_repeat():
-            self.door.spawn(self._dial(endpoint, self.serial))
+            self.door.spawn(sending.dial_and_go(self, endpoint, self.serial))
         else:
             self.failed("broken", "connection lost")
 

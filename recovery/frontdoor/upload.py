@@ -10,8 +10,9 @@ from recovery.frontdoor.upstream import Upstream
 from recovery.frontdoor.wire import LAST_CHUNK, chunk
 
 if TYPE_CHECKING:
-    from recovery.frontdoor.client import Client, Request
+    from recovery.frontdoor.client import Client
     from recovery.frontdoor.door import Door
+    from recovery.frontdoor.request import Request
 
 PREFIX_BYTES = 64 * 1024
 """How far into a form its `model` field is looked for. The official clients send fields before files."""
