@@ -36,6 +36,8 @@ def validate(file: Annotated[Path, typer.Argument(help="fleet file")]) -> int:
         port = f":{planned.placement.port}" if planned.placement.port is not None else ""
         gpus = f"  GPUs {','.join(map(str, planned.placement.gpus))}" if planned.placement.gpus else ""
         out.print(f"{planned.id:<20} {planned.placement.host}{port}{gpus}  {fleet.models[planned.model].policy.restart_policy}")
+    for model_id in fleet.unsupervised:
+        out.print(f"{model_id:<20} not supervised: it has no command of its own")
     out.print(f"{file} is valid: {len(fleet.models)} models, {len(plan(fleet))} instances")
     return Exit.OK
 

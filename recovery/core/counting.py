@@ -20,7 +20,6 @@ Counters = Mapping[tuple[str, Labels], float]
 RESTARTS = "recovery_restarts_total"
 FAILURES = "recovery_failures_total"
 INCIDENTS = "recovery_incidents_closed_total"
-COMMANDS = "recovery_commands_total"
 OOMS = "recovery_oom_total"
 TIME_TO_DETECT = "recovery_time_to_detect_seconds"
 TIME_TO_READY = "recovery_time_to_ready_seconds"
@@ -30,7 +29,6 @@ HELP: Mapping[str, str] = {
     RESTARTS: "Restarts of a model's instances, by the cause that led to them and by who asked",
     FAILURES: "Failures seen, by kind, one per run",
     INCIDENTS: "Incidents closed, by cause and outcome",
-    COMMANDS: "Operator commands, by what was asked, who sent it and whether it was accepted",
     OOMS: "Runs that ended out of memory, on the GPU or on the host",
     TIME_TO_DETECT: "Seconds from a failure to the commit that saw it, by cause",
     TIME_TO_READY: "Seconds from the start of a server process to its first real answer",
@@ -70,11 +68,6 @@ def out_of_memory(model: str, host: str, where: Literal["gpu", "host"]) -> tuple
 def incident_closed(model: str, cause: str, outcome: str) -> tuple[Count, ...]:
     """One incident closed: `outcome` is `recovered`, `failed`, `stopped` or another word of the few in use."""
     return (_count(INCIDENTS, model=model, cause=cause, outcome=outcome),)
-
-
-def commanded(model: str, command: str, by: str, status: str) -> tuple[Count, ...]:
-    """One operator command taken or refused: `status` as in the task's answer."""
-    return (_count(COMMANDS, model=model, command=command, by=by, status=status),)
 
 
 def detected(model: str, cause: str, seconds: float) -> tuple[Count, ...]:

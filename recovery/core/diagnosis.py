@@ -244,12 +244,6 @@ def engine_died(lines: Iterable[str]) -> bool:
     return scan(lines).fatal
 
 
-def orderly_shutdown(lines: Iterable[str]) -> bool:
-    """Whether the server was shut down in good order: begun while all was well, and completed."""
-    facts = scan(lines)
-    return facts.shut_down and not facts.fatal
-
-
 def suggested_by(rule: Rule, text: str) -> dict[str, float]:
     """The settings that the message itself says would fit."""
     found = rule.pattern.search(text)

@@ -82,9 +82,6 @@ def advance(state: State, event: Event) -> State:
         raise IllegalTransitionError(f"cannot apply {event.value!r} to an instance that is {state.value!r}") from None
 
 
-ALIVE = frozenset({S.STARTING, S.HEALTHY, S.UNHEALTHY, S.DRAINING, S.RELEASING})
-"""States in which a process is believed to run and nobody has been asked to kill it yet."""
-
 ENDING = frozenset({S.DRAINING, S.RELEASING, S.STOPPING, S.RECYCLING})
 """States whose next step is taken by looking at the host until nothing of the run is left."""
 

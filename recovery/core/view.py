@@ -36,9 +36,6 @@ STATE_ORDER: tuple[State, ...] = (
 )
 """A model shows the first of these that one of its instances is in: what serves, then what comes back, then what is down."""
 
-COMES_BACK = frozenset({S.RELEASING, S.RECYCLING, S.RESTARTING, S.STARTING})
-"""States from which an instance starts to serve without anybody asking."""
-
 
 class Shown(BaseModel):
     """A frozen answer; the models double as the API's OpenAPI document."""

@@ -33,6 +33,13 @@ def test_validate_says_what_would_run_where(tmp_path: Path, capsys: Said) -> Non
     assert "a-0" in said and "here:8500" in said and "1 models" in said
 
 
+def test_validate_says_what_it_leaves_alone(tmp_path: Path, capsys: Said) -> None:
+    fleet = {"a": model(8500), "cloud": {"type": "replicate", "model": "m/n"}}
+    assert run(["validate", _file(tmp_path, fleet)]) == Exit.OK
+    said = capsys.readouterr().out
+    assert "cloud                not supervised" in said and "1 models, 1 instances" in said
+
+
 def test_validate_tells_every_fault_at_once(tmp_path: Path, capsys: Said) -> None:
     faulty = {"a": {**model(8500), "max_restarts": -1, "restart_policy": "sometimes", "gpu": 1}}
     assert run(["validate", _file(tmp_path, faulty)]) == Exit.USAGE

@@ -45,7 +45,6 @@ def test_every_counter_has_a_help_text_and_every_histogram_its_buckets():
         counting.restarted("m", "h", "c")
         + counting.failed("m", "h", "k")
         + counting.incident_closed("m", "c", "recovered")
-        + counting.commanded("m", "stop", "api", "ok")
         + counting.out_of_memory("m", "h", "gpu")
         + counting.detected("m", "oom", 1)
         + counting.ready("m", 1)

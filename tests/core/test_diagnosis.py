@@ -17,7 +17,6 @@ from recovery.core.diagnosis import (
     diagnose_text,
     engine_died,
     has_cuda_oom,
-    orderly_shutdown,
     scan,
 )
 from recovery.core.log_lines import Kind, read
@@ -179,7 +178,6 @@ def test_exit_0_is_clean_only_after_readiness_an_orderly_shutdown_and_no_engine_
     assert cause_of(READY, exit_code=0) is Cause.UNKNOWN_EXIT
     assert cause_of(READY, FATAL, DEAD, SHUTDOWN, SHUT_DOWN, exit_code=0) is Cause.ENGINE_DIED
     assert cause_of(READY, SHUTDOWN, DEAD, SHUT_DOWN, exit_code=0) is Cause.CLEAN_EXIT
-    assert orderly_shutdown([READY, SHUTDOWN, SHUT_DOWN]) and not orderly_shutdown([READY, FATAL, SHUTDOWN, SHUT_DOWN])
     assert engine_died([READY, FATAL, DEAD]) and not engine_died([READY, SHUTDOWN, DEAD, SHUT_DOWN])
 
 

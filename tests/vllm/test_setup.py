@@ -6,7 +6,7 @@ import signal
 import subprocess
 
 from recovery.core.causes import Cause
-from recovery.core.diagnosis import diagnose_text, orderly_shutdown
+from recovery.core.diagnosis import diagnose_text, scan
 from recovery.core.fleet_file import load_fleet_text
 from tests.vllm.conftest import BUILD
 from tests.vllm.server import HOME
@@ -55,7 +55,8 @@ def test_the_example_for_a_machine_without_a_gpu_serves_and_its_pid_is_the_serve
     assert f"Started server process [{server.process.pid}]" in server.text()
     server.send(signal.SIGTERM)
     assert server.wait_exit(120) == 0
-    assert orderly_shutdown(server.text().splitlines())
+    facts = scan(server.text().splitlines())
+    assert facts.shut_down and not facts.fatal
 
 
 def test_the_example_says_what_is_missing_where_nothing_is_built(tmp_path):
