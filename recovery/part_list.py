@@ -5,6 +5,7 @@ The parts an installation is made of. The one place to add another: a name, a co
 import importlib.util
 import os
 import secrets
+import select
 import socket
 import sys
 import time
@@ -137,8 +138,17 @@ class RedisChild:
 
     def wait(self) -> int | None:
         """Block until it has ended; it may not be our child, so nobody knows how."""
-        while self.server.alive:
-            time.sleep(0.1)
+        try:
+            fd = os.pidfd_open(self.pid)
+        except OSError:  # it has ended, or a sandbox that knows no pidfds
+            while self.server.alive:
+                time.sleep(0.1)
+            return None
+        try:
+            while self.server.alive:  # asked after the open: from here on the descriptor means this very process
+                select.select([fd], [], [], 60.0)
+        finally:
+            os.close(fd)
         return None
 
     def stop(self, within_s: float | None = None) -> None:

@@ -2,7 +2,8 @@
 Looks at one server over HTTP: `/health` and `/metrics` at its root, `/v1/models` and one token under `/v1`.
 
 A server that answers promptly is asked everything on one connection. What it does not answer within `PROMPT_S` is waited for
-beside the rest, on a connection of its own, so that one endpoint that hangs does not hide the others.
+beside the rest, on a connection of its own, so that one endpoint that hangs does not hide the others; one that failed the last look
+is asked everything side by side from the start.
 """
 
 import asyncio
@@ -51,7 +52,9 @@ class HttpProber:
     async def _look(self, row: Instance, caller: "_Caller", started: float) -> Look:
         limit = row.policy.health_check_timeout
         # A server that answers answers /metrics in milliseconds; waiting longer for it would delay the completion.
-        health, models, metrics = await caller.all(("/health", limit), ("/v1/models", limit), ("/metrics", min(limit, 2.0)))
+        prompt_s = PROMPT_S if row.probe.failures == 0 else 0.0
+        asked = (("/health", limit), ("/v1/models", limit), ("/metrics", min(limit, 2.0)))
+        health, models, metrics = await caller.all(*asked, prompt_s=prompt_s)
         steps, asleep = _read_metrics(metrics)
         if metrics.kind == "ok":
             self.metrics[row.id] = metrics.body.decode(errors="replace")
@@ -123,13 +126,13 @@ class _Caller:
         self._headers = {"authorization": f"Bearer {target.api_key}"} if target.api_key else {}
         self._line = self._new()
 
-    async def all(self, *asked: tuple[str, float]) -> "list[_Reply]":
-        """The answers to GETs of these (path, limit in seconds): in turn as long as they come promptly, else side by side."""
+    async def all(self, *asked: tuple[str, float], prompt_s: float) -> "list[_Reply]":
+        """The answers to GETs of these (path, limit in seconds): in turn while each comes within `prompt_s`, else side by side."""
         tasks: list[asyncio.Task[_Reply]] = []
         for path, limit_s in asked:
             task = asyncio.ensure_future(self.get(path, limit_s))
             tasks.append(task)
-            await asyncio.wait((task,), timeout=PROMPT_S)
+            await asyncio.wait((task,), timeout=prompt_s)
             if not task.done():
                 self._line = self._new()  # the old one is busy until the answer comes or its time is up
         return list(await asyncio.gather(*tasks))

@@ -77,7 +77,11 @@ class Policy(Frozen):
         30, ge=0.1, le=86_400, json_schema_extra=SECONDS, description="between two looks at a healthy server"
     )
     health_confirm_interval: float = Field(
-        2, ge=0.05, le=3600, json_schema_extra=SECONDS, description="to the next look after a failed one"
+        2,
+        ge=0.05,
+        le=3600,
+        json_schema_extra=SECONDS,
+        description="from the start of a failed look to the next, or at once if that one took longer",
     )
     failure_threshold: int = Field(
         2, ge=1, le=1000, description="failed looks in a row that make a server unhealthy beyond repair by waiting"

@@ -155,7 +155,8 @@ def _loading(row: Instance, look: Look, now: float, u: float, remedy: Remedy) ->
 
 def _failed(row: Instance, look: Look, now: float, u: float, remedy: Remedy) -> Decision:
     policy, probe = row.policy, row.probe
-    after = row.evolve(look_at=now + policy.health_confirm_interval, reason=look.message)
+    pause_s = max(0.0, policy.health_confirm_interval - look.duration_s)  # from look to look: one that waited for an answer has waited
+    after = row.evolve(look_at=now + pause_s, reason=look.message)
     if probe.failures >= policy.failure_threshold:
         verdict = _verdict(row, look, now)
         if verdict is not None and policy.restart_policy != "no":

@@ -43,6 +43,7 @@ def every_call(store: RedisStore) -> dict[str, Callable[[], Any]]:
         "now": store.now,
         "load": lambda: store.load("vllm-0"),
         "load_many": lambda: store.load_many(["vllm-0"]),
+        "unreadable": store.unreadable,
         "ids": store.ids,
         "load_all": store.load_all,
         "commit": lambda: store.commit(Commit(after=row, expected_version=0)),
