@@ -71,6 +71,8 @@ def _start(row: Instance, now: float) -> Decision | Refused:
     if row.state in PROBED:
         return Decision(after=row.evolve(desired=Desired.RUNNING), reason=f"{row.id} is already {row.state.value}")
     if row.state in (State.RESTARTING, State.RECYCLING, State.RELEASING) and row.desired is Desired.RUNNING:
+        if row.gives_up:
+            return Decision(after=_not_given_up(row, now), reason=f"{row.id} is started once its old run is gone")
         wait = {} if row.state is not State.RESTARTING else due_at(now)
         return Decision(after=row.evolve(**wait), reason=f"{row.id} is already {row.state.value}")
     return _to_running(row, Event.START_REQUESTED, now, "start asked for by the operator")
@@ -86,6 +88,11 @@ def _to_running(row: Instance, verb: Event, now: float, why: str, **changes: obj
     elif after.due is None:
         after = after.evolve(**due_at(now))
     return Decision(after=after, reason=why, events=(event("starting", f"{row.id}: {why}", after),))
+
+
+def _not_given_up(row: Instance, now: float) -> Instance:
+    """The row with a start to follow the end of its old run, where none was to follow."""
+    return row.evolve(gives_up=False, restart_at=now, token=new_token(row, now)) if row.gives_up else row
 
 
 def _stop(row: Instance, command: Command, now: float) -> Decision | Refused:
@@ -147,7 +154,7 @@ def _restart(row: Instance, command: Command, now: float) -> Decision | Refused:
         said = event("restarting", f"{row.id}: {why}", after, cause="operator", by=command.by)
         return Decision(after=after, reason=why, counts=counts, events=(said,), step="restart")
     if row.state in (State.RECYCLING, State.RELEASING):
-        after = row.evolve(restart_at=now, gives_up=False, **counted)
+        after = _not_given_up(row, now).evolve(restart_at=now, **counted)
         return Decision(after=after, reason=f"{row.id} is already being restarted; its next start is due at once", counts=counts)
     decision = _to_running(row, Event.RESTART_REQUESTED, now, why, **counted)
     return decision.evolve(counts=counts, step="restart")
@@ -162,6 +169,7 @@ def _reset(row: Instance, now: float) -> Decision:
     if row.state is State.FAILED and row.desired is Desired.RUNNING:
         decision = _to_running(cleared, Event.RESET, now, why)
         return decision.evolve(events=(event("reset", f"{row.id}: {why}; starting again", decision.after),))
+    cleared = _not_given_up(cleared, now)
     return Decision(after=cleared, reason=why, events=(event("reset", f"{row.id}: {why}", cleared),))
 
 

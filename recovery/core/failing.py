@@ -134,12 +134,25 @@ GONE: dict[str, object] = {
 
 def recycled(row: Instance, now: float) -> Decision:
     """Nothing of the run is left: the start that was decided when it was given up is due at its own time."""
+    if not row.gives_up and row.token <= row.last_ended:
+        row = _made_already(row, now)
     if row.gives_up:
         after = move(row, Event.GAVE_UP, now=now, **GONE, due=None)
         return Decision(after=after, reason=after.reason, events=(event("failed", f"{row.id}: {after.reason}", after),))
     at = max(now, row.restart_at or now)
     after = move(row, Event.EXITED, now=now, **{**GONE, **due_at(at)})
     return Decision(after=after, reason=f"the old run is gone, starting in {at - now:.1f} s")
+
+
+def _made_already(row: Instance, now: float) -> Instance:
+    """
+    Redis forgot that the start which was decided had been made, and the run it made was ended for the one before.
+
+    A token starts one run only, so there is another one, for another restart.
+    """
+    if row.budget_spent:
+        return row.evolve(gives_up=True, reason=f"{row.reason}; max restarts ({row.policy.max_restarts}) reached")
+    return row.evolve(token=new_token(row, now), used=row.used + 1, restarts_total=row.restarts_total + 1, last_restart_at=now)
 
 
 def stopped(row: Instance, now: float, ended_text: str = "nothing of it is left") -> Decision:

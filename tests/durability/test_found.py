@@ -1,7 +1,15 @@
 """What the walks have found once, step by step, so that it is found again in a second."""
 
-from recovery.core.commanding import Verb
+import pytest
+
+from recovery.core.commanding import Command, Verb, on_command
+from recovery.core.decision import Decision
+from recovery.core.failing import ExitSeen, on_exit
+from recovery.core.fleet import Placement, Policy
+from recovery.core.instance import Desired, Instance
+from recovery.core.states import State
 from tests.durability.simworld import World, memory_world
+from tests.durability.test_walk import Walk
 
 
 def serving() -> World:
@@ -77,3 +85,51 @@ def test_a_stopped_keeper_does_not_hide_the_end_of_a_server_without_a_url() -> N
     host.die("d-0", run, code=1)
     world.settle()
     assert world.store.load("d-0").restarts_total == 1
+
+
+def test_a_start_that_redis_forgot_is_not_waited_for_for_ever() -> None:
+    """
+    Redis says again that the old run is to be ended, when the host has made the start that was to follow.
+
+    The host ends what it finds, which is the new run; a token starts one run only, so another one is needed.
+    """
+    walk = Walk()
+    walk.deliver(pick=0, keep=False)
+    walk.crashes_again_and_again(instance="b-0", times=2)  # a look finds it first
+    walk.something_comes_between(pick=0, at=0, other=("deliver", 0))
+    before = walk.world.store.load("b-0")
+    assert before.state.value == "starting" and walk.world.hosts["h1"].read_record("b-0").token == before.token
+    walk.redis_loses_its_last_second()
+    assert walk.world.store.load("b-0").state.value == "recycling"
+    walk.teardown()
+    row = walk.world.store.load("b-0")
+    assert (row.state.value, row.restarts_total) == ("healthy", before.restarts_total + 1)
+
+
+@pytest.mark.parametrize("verb", [Verb.START, Verb.RESET, Verb.RESTART])
+def test_what_the_operator_asks_for_while_a_run_is_given_up_is_done(verb: Verb) -> None:
+    """The budget is spent and the last run is being ended: a start, a restart or a reset asked for meanwhile must not be lost."""
+    policy, place = Policy(restart_policy="on-failure", max_restarts=2), Placement(host="h", port=1, replica=0)
+    spent = Instance(
+        id="a-0",
+        model="a",
+        policy=policy,
+        placement=place,
+        state=State.RECYCLING,
+        desired=Desired.RUNNING,
+        token=7,
+        run=7,
+        used=2,
+        gives_up=True,
+    )
+    ended = ExitSeen(token=7, at=100.0, signal=9)
+    given_up = on_exit(spent, ended, 101.0, 0.0)
+    assert given_up is not None and given_up.after.state is State.FAILED
+
+    asked = on_command(spent, Command(verb=verb), 100.0)
+
+    assert isinstance(asked, Decision)
+    begun = on_exit(asked.after, ended, 101.0, 0.0)
+    assert begun is not None and begun.after.state is State.RESTARTING
+    assert begun.after.token > 7 and begun.after.not_before == 101.0
+    assert begun.after.used == (0 if verb is Verb.RESET else 2)

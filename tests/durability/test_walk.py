@@ -1,7 +1,7 @@
 """
 Random interleavings of everything that can happen, against the real decisions, and once more against the real Lua.
 
-`make walk-long` takes 10,000 walks; what `make test` takes fits into two minutes.
+`make walk-long` takes 10,000 walks; what CI takes fits into two minutes of one core.
 """
 
 import os
@@ -18,7 +18,7 @@ from tests.durability.luaworld import LuaStore, lua_world
 from tests.durability.simworld import World, memory_world
 from tests.helpers import RedisServer
 
-pytestmark = pytest.mark.timeout(36_000 if os.environ.get("RECOVERY_WALKS") else 400)
+pytestmark = pytest.mark.timeout(36_000 if os.environ.get("RECOVERY_WALKS") else 1200)
 LONG = os.environ.get("RECOVERY_WALKS")
 """How many walks instead of the few of CI."""
 
@@ -238,7 +238,7 @@ class Walk(RuleBasedStateMachine):
 
 def test_random_walks() -> None:
     """At most one run, no old token, no start beyond the budget or against the operator; and at the end all is as the policy says."""
-    walks = int(LONG or 250)
+    walks = int(LONG or 1800)
     run_state_machine_as_test(Walk, settings=settings(max_examples=walks, stateful_step_count=30, derandomize=not LONG, **COMMON))
 
 
@@ -257,5 +257,5 @@ def test_random_walks_with_the_real_scripts(lua_store: LuaStore) -> None:
         def make(self) -> World:
             return lua_world(lua_store)
 
-    walks = int(LONG or 400) // 8
+    walks = int(LONG or 3840) // 8
     run_state_machine_as_test(LuaWalk, settings=settings(max_examples=walks, stateful_step_count=30, derandomize=not LONG, **COMMON))
