@@ -103,8 +103,12 @@ class Pool:
         return tuple(dict.fromkeys((*self.settings.served_names, self.name, *self.cards)))
 
     def upstream_name(self, asked: str | None) -> str | None:
-        """What the servers call the model a client asked for; None: leave the request as it is."""
-        served = self.settings.served_names
+        """
+        What the servers call the model a client asked for; None: leave the request as it is.
+
+        Where their command line does not tell, it is what they list first, as vLLM does with the model itself before its adapters.
+        """
+        served = self.settings.served_names or tuple(self.cards)
         return served[0] if served and asked not in served and asked not in self.cards else None
 
     @property

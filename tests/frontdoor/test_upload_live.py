@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from tests.frontdoor.world import Door, World
+from tests.helpers import wait_until
 
 MIB = 1024 * 1024
 
@@ -57,10 +58,11 @@ class Echo(http.server.BaseHTTPRequestHandler):
         self.wfile.write(answer)
 
     def do_GET(self) -> None:
+        listed = b'{"data": [{"id": "echo/base"}, {"id": "an-adapter"}]}'
         self.send_response(200)
-        self.send_header("content-length", "2")
+        self.send_header("content-length", str(len(listed)))
         self.end_headers()
-        self.wfile.write(b"{}")
+        self.wfile.write(listed)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -115,6 +117,11 @@ def test_a_form_names_the_model_as_its_servers_do(echo: Door, size: int) -> None
     assert (whole["model"], renamed["model"]) == ("whisper", "openai/whisper-large-v3")
     assert renamed["length"] - whole["length"] == len("openai/whisper-large-v3") - len("whisper")
     assert echo.metric("recovery_frontdoor_requests_total", model="hearing", code="200") == 2
+
+
+def test_a_model_whose_command_tells_no_name_is_called_as_its_servers_list_it(echo: Door) -> None:
+    wait_until(lambda: send(echo, 30, model="ears").json()["model"], "echo/base", within_s=60)
+    assert send(echo, 30, model="an-adapter").json()["model"] == "an-adapter"
 
 
 def test_a_renamed_form_is_the_same_on_its_second_way(echo: Door) -> None:
