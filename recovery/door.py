@@ -6,6 +6,7 @@ import sys
 from recovery import logs, wiring
 from recovery.adapters.last_known import LastKnownStore
 from recovery.errors import RecoveryError
+from recovery.frontdoor.figures import Figures
 from recovery.frontdoor.server import Server, announce
 from recovery.frontdoor.settings import DoorSettings
 from recovery.frontdoor.store_feed import StoreFeeder, StoreReports
@@ -31,8 +32,9 @@ def main() -> int:
             access_log=settings.home / "logs" / "access.log",
         )
         store = LastKnownStore(wired.url, settings.key_prefix)
-        reports = StoreReports(store, CelerySender(app), f"{settings.host}-{os.getpid()}")
-        return Server(door, StoreFeeder(store, fleet, dict(os.environ)), reports).run(announce)
+        name = f"{settings.host}-{os.getpid()}"
+        reports = StoreReports(store, CelerySender(app), name)
+        return Server(door, StoreFeeder(store, fleet, dict(os.environ)), reports, Figures(store, name)).run(announce)
     except RecoveryError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -20,9 +20,11 @@ from recovery.adapters.vllm_metrics import memories
 from recovery.api import logs
 from recovery.api.auth import Reader
 from recovery.api.limits import limited
-from recovery.api.schemas import EventList, IncidentList, LoadList, LoadView, LogView, answers
+from recovery.api.schemas import EventList, IncidentList, LoadList, LoadView, LogView, PassageList, PassageView, answers
 from recovery.api.state import MAX_STREAMS, Here, ModelId, Shared
 from recovery.api.web import Json
+from recovery.core.passing import KEY as FIGURES
+from recovery.core.passing import Passage, passages
 from recovery.core.summary import Load, load_of
 from recovery.errors import RecoveryError, StoreUnavailableError
 
@@ -91,6 +93,20 @@ async def loads(_: Reader, here: Here) -> Response:
     kept = await to_thread.run_sync(memories, here.store, limiter=here.readers)
     found = {model: load_of((kept[row.id] for row in rows if row.id in kept), here.board.now) for model, rows in here.board.known.items()}
     return Json({"loads": {model: _load_view(load).model_dump() for model, load in found.items() if load is not None}})
+
+
+@router.get("/door", response_model=PassageList, responses=answers(), summary="What the front doors did")
+async def door_figures(_: Reader, here: Here) -> Response:
+    """Requests held, retried, continued and refused per model since the doors started, and their latencies now."""
+    await here.board.ready()
+    here.board.check()
+    kept = await to_thread.run_sync(here.store.get_many, FIGURES, limiter=here.readers)
+    return Json({"models": {model: _passage_view(found).model_dump() for model, found in passages(kept.values()).items()}})
+
+
+def _passage_view(found: Passage) -> PassageView:
+    told = found.model_dump()
+    return PassageView(**{name.removesuffix("_s") + "_seconds" if name.endswith("_s") else name: value for name, value in told.items()})
 
 
 def _load_view(load: Load) -> LoadView:

@@ -182,6 +182,30 @@ class LoadList(Shown):
     loads: dict[str, LoadView]
 
 
+class PassageView(Shown):
+    """What the front doors did for a model: totals since they started, latencies of the last minute or two."""
+
+    doors: int
+    requests: float
+    errors: float = Field(description="of them, answered with a status of 500 or more")
+    holding: float = Field(description="requests that wait for a replica now")
+    held: float = Field(description="requests that had to wait for a replica")
+    retried: float = Field(description="attempts after the first")
+    continued: float = Field(description="streams that went on at another replica")
+    cut: float = Field(description="streams that ended with an error event")
+    refused: float = Field(description="requests refused: no room, no replica in time, poison")
+    fallback: float = Field(description="requests that another model answered")
+    ttft_seconds: dict[str, float] = Field(description="time to the first event, by quantile")
+    inter_token_seconds: dict[str, float] = Field(description="between the events of a stream, by quantile")
+    e2e_seconds: dict[str, float] = Field(description="whole requests, by quantile")
+
+
+class PassageList(Shown):
+    """What the front doors did for each model; a model that nobody asked them for is absent."""
+
+    models: dict[str, PassageView]
+
+
 PROBLEM: Final[dict[str, Any]] = {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
 """Told so, and not by `model`: FastAPI would file it under the type of the good answer (text, a stream)."""
 

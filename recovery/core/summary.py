@@ -86,9 +86,9 @@ def load_of(memories: Iterable[Memory], now: float, fresh_s: float = 180.0) -> L
         running=sum(each.last.running for each in fresh),
         waiting=sum(each.last.waiting for each in fresh),
         kv_cache_usage=max(usage, default=None),
-        ttft_s=_quantiles(_added(_risen(each.base.ttft, each.last.ttft) for each in fresh)),
-        e2e_s=_quantiles(_added(_risen(each.base.e2e, each.last.e2e) for each in fresh)),
-        finished=_added(_risen(each.base.finished, each.last.finished) for each in fresh),
+        ttft_s=quantiles(added(risen(each.base.ttft, each.last.ttft) for each in fresh)),
+        e2e_s=quantiles(added(risen(each.base.e2e, each.last.e2e) for each in fresh)),
+        finished=added(risen(each.base.finished, each.last.finished) for each in fresh),
     )
 
 
@@ -108,16 +108,19 @@ def quantile(buckets: Mapping[str, float], share: float) -> float | None:
     return ordered[-1][0]
 
 
-def _quantiles(buckets: Mapping[str, float]) -> dict[str, float]:
+def quantiles(buckets: Mapping[str, float]) -> dict[str, float]:
+    """Return the `QUANTILES` of these observations by name, none without observations."""
     found = {f"{share:g}": quantile(buckets, share) for share in QUANTILES}
     return {share: value for share, value in found.items() if value is not None}
 
 
-def _risen(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+def risen(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """Return by how much each count is more than it was."""
     return {name: max(0.0, value - before.get(name, 0.0)) for name, value in after.items()}
 
 
-def _added(many: Iterable[Mapping[str, float]]) -> dict[str, float]:
+def added(many: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Return the sums by name."""
     total: dict[str, float] = {}
     for each in many:
         for name, value in each.items():

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, PlatformCollector, ProcessColle
 from recovery.errors import ConfigError
 from recovery.frontdoor.client import Client
 from recovery.frontdoor.door import Door
+from recovery.frontdoor.figures import Figures
 from recovery.frontdoor.handover import Handover, Successor, take_over
 from recovery.frontdoor.reports import Reports
 from recovery.frontdoor.settings import DoorSettings
@@ -30,8 +31,8 @@ FIRST_WORD_S = 5.0
 class Server:
     """A door with its sockets. `run` returns when it has drained after SIGTERM, SIGINT or a hand-over."""
 
-    def __init__(self, settings: DoorSettings, feeder: Feeder, reports: Reports | None = None) -> None:
-        self._settings, self._feeder, self._reports = settings, feeder, reports
+    def __init__(self, settings: DoorSettings, feeder: Feeder, reports: Reports | None = None, figures: Figures | None = None) -> None:
+        self._settings, self._feeder, self._reports, self._figures = settings, feeder, reports, figures
         self._stop: asyncio.Event | None = None
         self._hurry = False
         self._metrics: WSGIServer | None = None
@@ -57,6 +58,8 @@ class Server:
         handover = self._offer(successor, listener, server)
         metrics_port = self._serve_metrics(door)
         sweeping = loop.create_task(door.sweep())
+        if self._figures is not None:
+            self._figures.start(door.meters)
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)  # a request leaves no cycles: looking for some every 700 objects is a waste
@@ -71,6 +74,8 @@ class Server:
         while not draining.done() and not self._hurry:
             await asyncio.wait({draining}, timeout=0.1)
         self._feeder.stop()
+        if self._figures is not None:
+            self._figures.stop()
         sweeping.cancel()
         if not draining.done():
             draining.cancel()

@@ -15,7 +15,9 @@ import recovery
 from recovery.adapters.vllm_metrics import TrafficKeeper
 from recovery.core import counting
 from recovery.core.instance import ProbeMemory
+from recovery.core.passing import KEY, Latencies, Passed
 from recovery.core.states import State
+from recovery.frontdoor.meters import Meters
 from tests.api.conftest import Api, Fleet, MakeApi
 from tests.helpers import wait_until
 
@@ -92,7 +94,7 @@ def test_ours_say_what_is_in_redis(api: Api, fleet: Fleet):
     assert found["recovery_tick_age_seconds"][()] < 60
 
 
-def test_the_servers_own_metrics_are_told_per_model(api: Api, fleet: Fleet):
+def test_the_servers_and_the_doors_own_figures_are_told_per_model(api: Api, fleet: Fleet):
     full_fleet(fleet)
     found = scrape(api)
 
@@ -100,6 +102,12 @@ def test_the_servers_own_metrics_are_told_per_model(api: Api, fleet: Fleet):
     assert found["recovery_model_kv_cache_usage_ratio"] == {(("model", "vllm"),): 0.25}
     assert found["recovery_model_ttft_seconds"][(("model", "vllm"), ("percentile", "p50"))] == pytest.approx(0.1)
     assert found["recovery_model_error_ratio"] == {(("model", "vllm"),): pytest.approx(1 / 3)}
+    told = Passed(codes={"200": 3}, held=1, window=Latencies(ttft={"0.1": 3, "+Inf": 3})).model_dump(mode="json")
+    for door in ("one", "two"):
+        fleet.store.put(f"{KEY}{door}", {"vllm": told}, 60)
+    passed = wait_until(lambda: api.client.get("/api/llm/door").json()["models"], within_s=60)
+    assert (passed["vllm"]["doors"], passed["vllm"]["requests"], passed["vllm"]["held"]) == (2, 6, 2)
+    assert passed["vllm"]["ttft_seconds"]["0.5"] == pytest.approx(0.05)
     loads = wait_until(lambda: api.client.get("/api/llm/load").json()["loads"], within_s=60)
     assert loads["vllm"]["ttft_seconds"]["0.5"] == pytest.approx(0.1)
 
@@ -137,9 +145,25 @@ def _expressions() -> list[str]:
     return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
 
 
+def _doors() -> set[str]:
+    """The series of a front door with something to say of everything."""
+    meters = Meters()
+    meter = meters.model("vllm")
+    for counter in (meter.retried, meter.continued, meter.refused, meter.cut, meter.fallback):
+        counter["x"] += 1
+    meter.replica("vllm-0").codes[200] += 1
+    return {sample.name for family in meters.collect() for sample in family.samples}
+
+
+def test_the_dashboard_shows_what_the_front_door_did():
+    shown = " ".join(_expressions())
+    for what in ("held", "holding", "retried", "continued", "refused", "cut", "fallback", "ttft_seconds", "inter_token_seconds"):
+        assert f"recovery_frontdoor_{what}" in shown, what
+
+
 def test_alerts_and_dashboard_speak_only_of_series_that_exist(api: Api, fleet: Fleet):
     full_fleet(fleet)
-    told = set(scrape(api))
+    told = set(scrape(api)) | _doors()
     texts = [*_expressions(), (FOLDER / "alerts.yml").read_text()]
     spoken = {name for text in texts for name in re.findall(r"\b(?:recovery|fluidmcp_server)_[a-z_0-9]+", text)}
 

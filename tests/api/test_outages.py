@@ -15,7 +15,7 @@ from tests.api.conftest import Api, Fleet, MakeApi, Worker
 from tests.helpers import RedisServer, wait_until
 
 MODEL = "/api/llm/models/vllm"
-READS = ["/api/llm/models", MODEL, f"{MODEL}/events", "/api/hosts", "/api/llm/load", "/metrics", "/readyz"]
+READS = ["/api/llm/models", MODEL, f"{MODEL}/events", "/api/hosts", "/api/llm/load", "/api/llm/door", "/metrics", "/readyz"]
 
 
 @pytest.fixture

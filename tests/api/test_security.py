@@ -28,6 +28,7 @@ READS = [
     "/api/llm/models/vllm/incidents",
     "/api/llm/stream",
     "/api/llm/load",
+    "/api/llm/door",
     "/api/hosts",
     "/api/me",
     "/api/tasks/00000000-0000-0000-0000-000000000000",

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
@@ -70,6 +71,21 @@ def test_a_kill_heals_before_ones_eyes_and_restart_works(new_page: NewPage, live
     expect(page.locator(".toast").last).to_contain_text("vllm is healthy", timeout=MS)
     page.get_by_role("button", name="Reset budget").click()
     expect(page.locator(".facts")).to_contain_text("3 of 3 left", timeout=MS)
+    assert errors == []
+
+
+def test_what_the_front_door_did_is_shown_with_the_model(new_page: NewPage, live: Live, errors: list[str]):
+    url = f"http://127.0.0.1:{live.environment['RECOVERY_FRONT_PORT']}/v1/completions"
+    for _ in range(3):
+        answer = httpx.post(url, json={"model": "vllm", "prompt": "a b c", "max_tokens": 4, "stream": True}, timeout=PATIENCE_S)
+        assert answer.status_code == 200
+
+    page = new_page()
+    log_in(page, READ, "/models/vllm")
+
+    expect(page.locator(".facts")).to_contain_text("3 requests", timeout=MS)
+    expect(page.locator(".facts")).to_contain_text("First token there")
+    expect(page.locator(".facts")).to_contain_text("Between tokens")
     assert errors == []
 
 

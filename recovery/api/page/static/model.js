@@ -24,14 +24,15 @@ export function modelView(id, me, navigate) {
       h("section", { class: "card", "aria-label": "Timeline" }, h("h2", {}, "Timeline"), timeline)),
     log.element);
 
-  let hosts = [], load = null, model = null, missing = false;
+  let hosts = [], load = null, door = null, model = null, missing = false;
   const close = stream(`${path}/events?follow=true&count=60`, { event: (each) => {
     timeline.prepend(line(each));
     while (timeline.children.length > KEPT) timeline.lastChild.remove();
   } });
   async function readSlow() {
     try {
-      [hosts, load] = await Promise.all([ask("/api/hosts").then((t) => t.hosts), ask("/api/llm/load").then((t) => t.loads[id])]);
+      [hosts, load, door] = await Promise.all([ask("/api/hosts").then((t) => t.hosts), ask("/api/llm/load").then((t) => t.loads[id]),
+        ask("/api/llm/door").then((t) => t.models[id])]);
       draw();
     } catch { /* the stream says that something is wrong */ }
   }
@@ -48,9 +49,9 @@ export function modelView(id, me, navigate) {
       model.replicas > 1 ? h("span", { class: "dim num" }, `${model.ready}/${model.replicas} ready`) : null]);
     refresh(notice, JSON.stringify([model.health_message, model.reason, model.next_restart_at, model.last_exit?.advice, model.degraded_since]), () => told(model));
     const gpu = memory(model, hosts);
-    const key = JSON.stringify([model.restart_count, model.restarts_total, model.budget_left, model.next_restart_at, model.last_exit, gpu, load,
+    const key = JSON.stringify([model.restart_count, model.restarts_total, model.budget_left, model.next_restart_at, model.last_exit, gpu, load, door,
       model.instances.map((x) => x.started_at), model.has_cuda_oom]);
-    refresh(facts, key, () => table(model, gpu, load));
+    refresh(facts, key, () => table(model, gpu, load, door));
     refresh(instances, JSON.stringify(model.instances.map((x) => [x.id, x.state, x.host_alive, x.run, x.reason, x.next_restart_at, x.overrides, x.restart_count])),
       () => model.instances.map((each) => card(each, model)));
     log.replicas(model.instances);
@@ -106,7 +107,7 @@ function told(model) {
   return parts.length ? h("div", { class: `notice ${model.degraded_since && model.is_healthy ? "warn" : kind}` }, parts) : null;
 }
 
-function table(model, gpu, load) {
+function table(model, gpu, load, door) {
   const fact = (name, ...value) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
   const exit = model.last_exit;
   return [
@@ -122,9 +123,15 @@ function table(model, gpu, load) {
     known(load?.ttft_seconds) ? fact("First token", quantiles(load.ttft_seconds)) : null,
     known(load?.e2e_seconds) ? fact("Whole request", quantiles(load.e2e_seconds)) : null,
     load?.error_rate != null ? fact("No answer", `${(load.error_rate * 100).toFixed(1)} % of the last minutes`) : null,
+    door ? fact("Front door", doorText(door)) : null,
+    known(door?.ttft_seconds) ? fact("First token there", quantiles(door.ttft_seconds)) : null,
+    known(door?.inter_token_seconds) ? fact("Between tokens", quantiles(door.inter_token_seconds)) : null,
   ];
 }
 
+const DOOR = [["errors", "without an answer"], ["holding", "waiting now"], ["held", "had to wait"], ["retried", "retried"], ["continued", "continued"],
+  ["cut", "cut off"], ["refused", "refused"], ["fallback", "by the fallback"]];
+const doorText = (door) => [`${door.requests} requests`, ...DOOR.filter(([name]) => door[name]).map(([name, text]) => `${door[name]} ${text}`)].join(" · ");
 const known = (found) => found && Object.keys(found).length > 0;
 const quantiles = (found) => ["0.5", "0.95", "0.99"].filter((q) => q in found).map((q) => `p${Math.round(q * 100)} ${millis(found[q])}`).join(" · ");
 
