@@ -19,7 +19,7 @@ from recovery.core.causes import ADVICE, Cause
 from recovery.core.diagnosis import Diagnosis, Evidence, GpuReading, diagnose, engine_died, has_cuda_oom
 from recovery.core.failing import ExitSeen, Remedy
 from recovery.core.fleet import Fleet, ModelSpec, Placement
-from recovery.core.fleet_plan import plan, spare_ports, uses
+from recovery.core.fleet_plan import own_turn, plan, spare_ports, uses
 from recovery.core.host import ExitRecord, HostView
 from recovery.core.instance import Desired, Instance
 from recovery.core.launch import PORT, has_flag, launch
@@ -218,8 +218,9 @@ class Repairs:
         if not (uses(spec, "port") or has_flag(spec.args, PORT)):
             return ()
         taken = {other.port for other in self._others(row)}  # a server that loads does not listen yet
-        free = (port for port in spare_ports(fleet, row.model, row.placement.host) if port not in taken)
-        return tuple(islice((port for port in free if self._host.port_holder(port) is None), PORTS_OFFERED))
+        free = [port for port in spare_ports(fleet, row.model, row.placement.host) if port not in taken]
+        offered = own_turn(free, row.id, fleet, row.placement.host)
+        return tuple(islice((port for port in offered if self._host.port_holder(port) is None), PORTS_OFFERED))
 
     def _spare_gpus(self, row: Instance, fleet: Fleet, spec: ModelSpec) -> tuple[int, ...]:
         """Cards of the model's pool (else of the host) that belong to nobody, by the plan or by a remedy, and are not lost."""

@@ -5,7 +5,7 @@ The plan is what the file wants; a row that lives already keeps the placement it
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -25,6 +25,19 @@ def spare_ports(fleet: Fleet, model: str, host: str) -> tuple[int, ...]:
     taken = {p.placement.port for p in plan(fleet) if p.placement.host == host}
     first, last = _range_of(fleet, fleet.models[model])
     return tuple(port for port in range(first, last + 1) if port not in taken)
+
+
+def own_turn(ports: Sequence[int], instance: str, fleet: Fleet, host: str) -> tuple[int, ...]:
+    """
+    The ports, beginning with another one for each instance of the host.
+
+    Several that are put off their ports at once, and choose before any has committed, do not all choose the same.
+    """
+    names = sorted(p.id for p in plan(fleet) if p.placement.host == host)
+    if not ports or instance not in names:
+        return tuple(ports)
+    begin = names.index(instance) % len(ports)
+    return (*ports[begin:], *ports[:begin])
 
 
 def layout(fleet: Fleet, models: Mapping[str, ModelSpec]) -> tuple[tuple[InstancePlan, ...], tuple[str, ...]]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recovery.core.fleet_file import load_fleet_text
-from recovery.core.fleet_plan import plan, spare_ports
+from recovery.core.fleet_plan import own_turn, plan, spare_ports
 from recovery.errors import ConfigError
 
 
@@ -65,6 +65,18 @@ def test_fixed_ports_are_kept_and_the_range_goes_round_them():
 
     assert [p[1] for p in places(made).values()] == [8002, 8000, 8001, None]
     assert spare_ports(made, "first", "here")[:2] == (8003, 8004)
+
+
+def test_instances_that_choose_at_once_do_not_choose_the_same_port():
+    made = fleet(keys={"port_range": [8000, 8009]}, m=entry(replicas=3), n=entry())
+    spare = spare_ports(made, "m", "here")
+
+    offered = {p.id: own_turn(spare, p.id, made, "here") for p in plan(made)}
+
+    assert len({ports[0] for ports in offered.values()}) == 4
+    assert all(sorted(ports) == sorted(spare) for ports in offered.values())
+    assert own_turn((), "m-0", made, "here") == ()
+    assert own_turn((8005,), "m-2", made, "here") == own_turn((8005,), "unplanned", made, "here") == (8005,)
 
 
 def test_a_file_without_hosts_belongs_to_the_machine_that_reads_it_over_loopback():
