@@ -15,13 +15,12 @@ JOBS ?= 2
 RERUNS := $(if $(CI),--reruns 1,)
 RUN := -n $(JOBS) --dist loadfile $(RERUNS)
 
-# What `.ci/run` runs beside `make test`; a share adds itself: `SHARES += test-something`.
-# Not yet among them, since their time on a quiet machine has not been seen: test-durability, test-deploy, test-vllm.
-SHARES := test-operate test-frontdoor
+# What `.ci/run` runs beside `make test`.
+SHARES := test-operate test-frontdoor test-durability test-deploy test-vllm
 # Folders of tests that belong to a share, so `make test` leaves them out.
 APART := tests/api tests/browser tests/frontdoor tests/change tests/durability tests/deploy tests/vllm
 
-.PHONY: help up down status install dev check lint types layers pure test shares test-operate test-frontdoor test-durability test-deploy test-vllm bench bench-frontdoor bench-vllm readme clean
+.PHONY: help up down status install dev check lint types layers pure test shares test-operate test-frontdoor test-durability test-deploy test-vllm bench soak-frontdoor bench-frontdoor bench-vllm readme clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -87,6 +86,9 @@ test-vllm: dev ## a real vLLM on CPU (built once into the cache, 3.5 GB), broken
 	elif [ -n "$$CI" ]; then exit 1; \
 	else echo "test-vllm: skipped, because a vLLM for CPU cannot be installed here (above is why); in CI this fails"; fi
 
+soak-frontdoor: dev ## a thousand streams through the front door for ten minutes: every token, and level memory
+	FRONTDOOR_STREAM_S=600 $(BIN)/python -m pytest -s tests/frontdoor/test_streams.py
+
 bench-frontdoor: dev ## the front door beside nginx, vllm-router and no proxy at all
 	$(BIN)/python -m tests.bench.frontdoor $(ARGS)
 
@@ -111,8 +113,8 @@ mutants: dev ## break one rule after another in a copy: which test catches it; a
 chaos: dev ## 90 s of faults against an installation of its own, the same ones each time
 	$(BIN)/recovery chaos --seconds 90 --seed 7
 
-chaos-long: dev ## 15 minutes of faults with each of three other seeds
-	for seed in 11 12 13; do $(BIN)/recovery chaos --seconds 900 --seed $$seed || exit 1; done
+chaos-long: dev ## 15 minutes of faults with each of three other seeds, into docs/figures/chaos.json
+	$(BIN)/python -m tests.durability.chaos_figures $(ARGS)
 
 walk-long: dev ## 10,000 random walks through a simulated world, and 1,250 on the real scripts
 	RECOVERY_WALKS=10000 $(BIN)/python -m pytest tests/durability/test_walk.py
