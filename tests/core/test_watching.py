@@ -2,7 +2,7 @@
 
 import pytest
 
-from recovery.core.watching import Traces, deaf_hosts, idle_parts, works_since
+from recovery.core.watching import Traces, deaf_hosts, idle_parts, remarks, unrepairable, works_since
 
 NOW = 1_000_000.0
 WELL = {"age_s": 1.0, "served_at": NOW - 2, "up_s": 500.0}
@@ -50,3 +50,24 @@ def test_a_host_that_is_gone_is_not_deaf() -> None:
 )
 def test_a_part_that_was_started_works_once_it_has_left_a_trace(part: str, traces: Traces, expected: bool) -> None:
     assert works_since(part, traces, "h", since=NOW - 10) is expected
+
+
+DEAF = {**WELL, "served_at": NOW - 40, "alive": True}
+
+
+@pytest.mark.parametrize(
+    ("traces", "why", "said"),
+    [
+        pytest.param(Traces(now=NOW, tick_at=NOW - 1), None, 0, id="no host yet"),
+        pytest.param(Traces(now=NOW), "clock", 0, id="never ticked"),
+        pytest.param(Traces(now=NOW, tick_at=NOW - 16, hosts={"h": WELL}), "clock", 0, id="ticks are late"),
+        pytest.param(Traces(now=NOW, tick_at=NOW - 1, hosts={"h": WELL, "i": DEAF}), None, 1, id="one of two is deaf"),
+        pytest.param(
+            Traces(now=NOW, tick_at=NOW - 1, hosts={"h": {**WELL, "alive": False}, "i": DEAF}), "No host", 1, id="all that live are deaf"
+        ),
+    ],
+)
+def test_what_readyz_says(traces: Traces, why: str | None, said: int) -> None:
+    found = unrepairable(traces)
+    assert (found is None) if why is None else (found is not None and why in found)
+    assert len(remarks(traces)) == said and len(remarks(traces, unreadable=2)) == said + 1

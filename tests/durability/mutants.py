@@ -210,6 +210,34 @@ MUTANTS = (
         "if True:",
         ("tests/core/test_braking.py",),
     ),
+    Mutant(
+        "a token that is spent is waited for",
+        "recovery/core/failing.py",
+        "if not row.gives_up and row.token <= row.last_ended:",
+        "if False:",
+        (FOUND,),
+    ),
+    Mutant(
+        "a row of a newer version hides all others",
+        "recovery/adapters/redis_store.py",
+        "            except SchemaError as error:\n                refused[instance_id] = str(error)",
+        "            except SchemaError:\n                raise",
+        (CONTRACT,),
+    ),
+    Mutant(
+        "a deaf worker is never found",
+        "recovery/core/watching.py",
+        'for {silent_s:.0f} s" if silent_s > DEAF_S else None',
+        'for {silent_s:.0f} s" if silent_s > 1e9 else None',
+        ("tests/core/test_watching.py",),
+    ),
+    Mutant(
+        "a rolling restart goes on past a part that did not come back",
+        "recovery/part_restarts.py",
+        "            if why is not None:\n",
+        "            if False:\n",
+        ("tests/cli/test_workers.py",),
+    ),
 )
 
 
