@@ -3,6 +3,8 @@
 import asyncio
 import re
 import time
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -29,11 +31,11 @@ class Result:
     errors: int = 0
     latencies: list[float] = field(default_factory=list)
     """Of a whole answer, or of the first event of a stream."""
-    delays: list[float] = field(default_factory=list)
+    delays: "array[float]" = field(default_factory=lambda: array("d"))
     """From a token's making to its arrival here."""
     tokens: int = 0
 
-    def quantile(self, values: list[float], q: float) -> float:
+    def quantile(self, values: Iterable[float], q: float) -> float:
         """The q-quantile in seconds, 0 for none."""
         ordered = sorted(values)
         return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else 0.0
