@@ -35,6 +35,7 @@ from tests.helpers import RedisServer, wait_until
 SIZES = (10, 100, 1000)
 CONNECTIONS = 8
 SCRAPES = 20
+SECONDS = 8.0
 PER_MODEL = 4
 LOOK_EVERY_S = 30.0
 STATIC = Path(recovery.__file__).parent / "api" / "page" / "static"
@@ -44,12 +45,19 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--seconds", type=float, default=8.0, help="per size")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="per size")
     asked = parser.parse_args()
+    figures = everything(asked.seconds)
+    if asked.json:
+        asked.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def everything(seconds: float = SECONDS) -> dict[str, Any]:
+    """All figures, printed as they come."""
     figures: dict[str, Any] = {"sizes": {}}
     for size in SIZES:
         with installed(size) as url:
-            figures["sizes"][size] = found = {**load(url, asked.seconds), **scrapes(url)}
+            figures["sizes"][str(size)] = found = {name: round(value, 2) for name, value in (load(url, seconds) | scrapes(url)).items()}
             if size == SIZES[0]:
                 figures["page"] = page(url)
         print(
@@ -57,8 +65,7 @@ def main() -> None:
             f"{found['bytes'] / 1024:7.1f} KiB each; a scrape {found['scrape_ms']:6.1f} ms, {found['scrape_bytes'] / 1024:.0f} KiB"
         )
     print(f"the page: {figures['page']['bytes'] / 1024:.1f} KiB in {figures['page']['files']} files, uncompressed, nothing from elsewhere")
-    if asked.json:
-        asked.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
 
 
 @contextmanager

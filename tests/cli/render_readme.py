@@ -133,6 +133,18 @@ def _idle(found: dict[str, Any]) -> str:
     return f"Idle, a look at every instance each 30 s (`keepers`: one per instance, together):\n\n{_table(head, [*rows, total])}\n\n{probe}"
 
 
+def api() -> str:
+    """What the management API costs, from the same JSON."""
+    found = json.loads(FIGURES.read_text())["api"]
+    rows = [
+        (size, f"{each['per_s']:.0f}", f"{each['p99_ms']:.1f}", f"{each['bytes'] / 1024:.0f}", f"{each['scrape_ms']:.0f}")
+        for size, each in found["sizes"].items()
+    ]
+    head = ("instances", "`GET /api/llm/models` a second", "p99 ms", "KiB each", "a scrape of `/metrics`, ms")
+    page = f"The status page weighs {found['page']['bytes'] / 1024:.0f} KiB in {found['page']['files']} files, uncompressed."
+    return f"{_table(head, rows)}\n\nEight connections kept alive. {page} Load of the machine: {found['load_1m']:g} ({found['commit']})."
+
+
 def _where(found: dict[str, Any]) -> str:
     where = found["machine"]
     loads = (f"{text} {found[name]['load_1m']:g} ({found[name]['commit']})" for name, text in LOADS.items())
@@ -167,6 +179,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "reasons": reasons,
     "diagram": diagram,
     "figures": figures,
+    "api": api,
     "vllm": vllm,
 }
 BLOCKS |= {f"cause {each.value}": (lambda each=each: cause(each)) for each in Cause}  # type: ignore[misc]
