@@ -264,7 +264,7 @@ def broken(copy: Path, mutant: Mutant) -> str:
 
 def caught_by(copy: Path, mutant: Mutant) -> str | None:
     """The first test that fails, or None when all pass."""
-    environ = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    environ = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "RECOVERY_WALKS_ASIS": "1"}
     for tests in mutant.tests:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-rfE", tests]
         done = subprocess.run(command, cwd=copy, env=environ, capture_output=True, text=True, timeout=LIMIT_S, check=False)
