@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from recovery.settings import settings_table
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-DOCUMENTS = (README, ROOT / "docs/architecture.md", ROOT / "docs/runbook.md")
+DOCUMENTS = (README, *(ROOT / "docs" / name for name in ("architecture.md", "runbook.md", "reliability.md")))
 FIGURES = ROOT / "docs/figures/control-plane.json"
+CHAOS_FIGURES = ROOT / "docs/figures/chaos.json"
 VLLM_FIGURES = ROOT / "docs/figures/vllm.json"
 SECTIONS = {"environment": "Environment", "fleet": "Fleet file", "model": "Model"}
 
@@ -167,6 +169,37 @@ def vllm() -> str:
     )
 
 
+def chaos() -> str:
+    """What `make chaos-long` measured: one row per kind of fault, over all its runs."""
+    runs = json.loads(CHAOS_FIGURES.read_text())["runs"]
+    kinds = list(dict.fromkeys(kind for run in runs for kind in run["faults"]))
+    rows = [_kind(kind, [run["faults"][kind] for run in runs if kind in run["faults"]]) for kind in kinds]
+    every = _kind("**all**", [each for run in runs for each in run["faults"].values()])
+    return _table(("fault", "times", "survived", "median s", "worst s"), [*rows, every])
+
+
+def chaos_short() -> str:
+    """The same in one row per run."""
+    found = json.loads(CHAOS_FIGURES.read_text())
+    head = ("seed", "faults", "survived", "repairs", "median s", "worst s", "two runs at once", "lost repairs", "budgets exceeded")
+    rows = []
+    for run in found["runs"]:
+        _, times, survived, median, worst = _kind("", list(run["faults"].values()))
+        bad = (str(run[name]) for name in ("overlaps", "lost_repairs", "budget_breaks"))
+        rows.append((str(run["seed"]), times, survived, str(run["repairs"]), median, worst, *bad))
+    where, minutes = found["machine"], found["runs"][0]["seconds"] / 60
+    machine = (
+        f"{where['cores']} cores, Linux {where['kernel'].split('-')[0]}, Python {where['python']}, {where['at']} UTC ({found['commit']})"
+    )
+    return f"{_table(head, rows)}\n\n{minutes:.0f} minutes each, {len(found['runs'][0]['faults'])} kinds of faults; {machine}."
+
+
+def _kind(name: str, figures: list[dict[str, Any]]) -> tuple[str, ...]:
+    took = [each for figure in figures for each in figure["took_s"]]
+    times, survived = (sum(figure[count] for figure in figures) for count in ("times", "survived"))
+    return name, str(times), str(survived), f"{statistics.median(took):.1f}", f"{max(took):.1f}"
+
+
 def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
@@ -181,6 +214,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "figures": figures,
     "api": api,
     "vllm": vllm,
+    "chaos": chaos,
+    "chaos short": chaos_short,
 }
 BLOCKS |= {f"cause {each.value}": (lambda each=each: cause(each)) for each in Cause}  # type: ignore[misc]
 
