@@ -32,6 +32,7 @@ class HostRecord(_Value):
     restarts_total: int = 0
     forgiven: float = 0.0  # which forgiveness these counts follow
     rest: str | None = None  # the state it came to rest in: failed, completed, stopped
+    why: str | None = None  # and why, in the row's words
     port: int | None = None  # the port and GPUs of the last start, where a remedy moved them
     gpus: tuple[int, ...] | None = None
 

@@ -66,7 +66,8 @@ def new_row(
     if record.desired == "stopped":
         return row.evolve(desired=Desired.STOPPED, state=State.STOPPED, last_ended=record.token, reason="stopped, as its host remembers")
     if record.rest in RESTS:
-        return row.evolve(desired=record.desired, state=RESTS[record.rest], last_ended=record.token, reason="as its host remembers")
+        why = f"{record.why} (as its host remembers)" if record.why else "as its host remembers"
+        return row.evolve(desired=record.desired, state=RESTS[record.rest], last_ended=record.token, reason=why)
     if spec.policy.max_restarts and row.used >= spec.policy.max_restarts and record.last_ended >= record.token:
         return row.evolve(
             desired=Desired.RUNNING, state=State.FAILED, last_ended=record.token, reason="budget spent, as its host remembers"
@@ -126,6 +127,7 @@ def recorded(row: Instance, record: HostRecord, *, started_at: float | None = No
             "restarts_total": row.restarts_total,
             "forgiven": row.forgiven,
             "rest": rest,
+            "why": row.reason[:300].removesuffix(" (as its host remembers)") if rest is not None else None,
             "port": row.placement.port,
             "gpus": row.placement.gpus,
         }

@@ -110,7 +110,7 @@ MUTANTS = (
         "recovery/core/stepping.py",
         "if view.strays:\n        return Verdict",
         "if False:\n        return Verdict",
-        (WALK,),
+        ("tests/core/test_stepping.py",),
     ),
     Mutant(
         "a run that was started already is started once more",
@@ -129,8 +129,8 @@ MUTANTS = (
     Mutant(
         "the budget has no end",
         "recovery/core/failing.py",
-        "if row.budget_spent:",
-        "if False:",
+        "if row.budget_spent:\n        return f",
+        "if False:\n        return f",
         ("tests/core/test_failing.py", WALK),
     ),
     Mutant(

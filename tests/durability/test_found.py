@@ -133,3 +133,20 @@ def test_what_the_operator_asks_for_while_a_run_is_given_up_is_done(verb: Verb) 
     assert begun is not None and begun.after.state is State.RESTARTING
     assert begun.after.token > 7 and begun.after.not_before == 101.0
     assert begun.after.used == (0 if verb is Verb.RESET else 2)
+
+
+def test_why_an_instance_has_failed_survives_a_redis_that_lost_everything() -> None:
+    """A process that nobody can end needs a human, who must be told so also by the row that its host has made anew."""
+    walk = Walk()
+    walk.a_good_while()
+    walk.goes_wrong(instance="b-0", what="stuck")
+    walk.operator(model="b", verb=Verb.RESTART)
+    walk.a_good_while()
+    walk.a_good_while()
+    before = walk.world.store.load("b-0")
+    assert before.state is State.FAILED and "cannot end" in before.reason
+    walk.redis_loses_everything()
+    walk.crashes_again_and_again(instance="b-0", times=1)
+    walk.teardown()
+    after = walk.world.store.load("b-0")
+    assert (after.state, after.reason) == (State.FAILED, f"{before.reason} (as its host remembers)")
