@@ -28,7 +28,7 @@ PATIENCE_S = 120.0
 PARTS = {"host", "control", "beat", "door", "flower"}
 
 
-_ports = itertools.count(20_000 + os.getpid() % 10_000)
+_ports = itertools.count(20_000 + os.getpid() * 997 % 10_000)  # far apart for test processes that run side by side
 
 
 def free_ports(count: int) -> list[int]:

@@ -240,7 +240,7 @@ class Walk(RuleBasedStateMachine):
 
 def test_random_walks() -> None:
     """At most one run, no old token, no start beyond the budget or against the operator; and at the end all is as the policy says."""
-    walks = int(LONG or 1800)
+    walks = int(LONG or 1200)
     run_state_machine_as_test(Walk, settings=settings(max_examples=walks, stateful_step_count=30, derandomize=not LONG, **COMMON))
 
 
@@ -259,5 +259,5 @@ def test_random_walks_with_the_real_scripts(lua_store: LuaStore) -> None:
         def make(self) -> World:
             return lua_world(lua_store)
 
-    walks = int(LONG or 3840) // 8
+    walks = int(LONG or 2400) // 8
     run_state_machine_as_test(LuaWalk, settings=settings(max_examples=walks, stateful_step_count=30, derandomize=not LONG, **COMMON))
