@@ -3,6 +3,7 @@ Fixtures for every folder: one real Redis per test session, one key prefix per t
 """
 
 import shutil
+import signal
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ import pytest
 from recovery.adapters.redis_store import RedisStore
 from recovery.adapters.redis_url import RedisUrl
 from tests.helpers import RedisServer
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # begun in the background: what the tests start shall hear Ctrl-C all the same
 
 
 @pytest.fixture(scope="session")
