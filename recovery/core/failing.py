@@ -163,7 +163,8 @@ def stopped(row: Instance, now: float, ended_text: str = "nothing of it is left"
 
 def unkillable(row: Instance, text: str, now: float) -> Decision:
     """Something survived SIGKILL: no second server may be started beside it."""
-    after = move(row, Event.UNKILLABLE, now=now, due=None, look_at=None, intent=None, gives_up=False, restart_at=None, reason=text)
+    ends = {"due": None, "look_at": None, "intent": None, "gives_up": False, "restart_at": None}
+    after = move(row, Event.UNKILLABLE, now=now, **ends, reason=text, last_failure=LastFailure(cause="unkillable", at=now))
     failure = Failure(cause="unkillable", at=now, evidence=text, token=row.run or row.token)
     return Decision(
         after=after,

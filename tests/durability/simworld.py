@@ -646,7 +646,7 @@ def _rests(row: Instance, alive: list[int], *, kept: bool) -> bool:
         case "completed":
             return not alive
         case "failed":
-            unkillable = "cannot end" in row.reason
+            unkillable = "cannot end" in row.reason or (row.last_failure is not None and row.last_failure.cause == "unkillable")
             entitled = row.budget_spent or row.policy.restart_policy == "no" or unkillable
             return entitled and (not alive or unkillable)
         case _:

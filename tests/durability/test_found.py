@@ -150,3 +150,18 @@ def test_why_an_instance_has_failed_survives_a_redis_that_lost_everything() -> N
     walk.teardown()
     after = walk.world.store.load("b-0")
     assert (after.state, after.reason) == (State.FAILED, f"{before.reason} (as its host remembers)")
+
+
+def test_that_a_run_cannot_be_ended_is_known_whatever_else_goes_wrong() -> None:
+    """The reason that people read may be another by now (a full disk, say); what the last failure was is not."""
+    walk = Walk()
+    walk.a_good_while()
+    walk.disk(full=True, host="h2")
+    walk.keeper_dies(instance="c-0", server_too=False)
+    walk.keeper_seen_ending(instance="c-0")
+    walk.goes_wrong(instance="c-0", what="stuck")
+    walk.crashes_again_and_again(instance="c-0", times=1)
+    walk.join(host="h2")
+    walk.teardown()
+    row = walk.world.store.load("c-0")
+    assert row.state is State.FAILED and row.last_failure is not None and row.last_failure.cause == "unkillable"
