@@ -66,6 +66,8 @@ class SimRun:
     hung: bool = False
     deaf_to_term: bool = False
     stuck: bool = False
+    """In state D: a SIGKILL waits, and takes effect when it comes out of it."""
+    condemned: bool = False
 
     @property
     def lives(self) -> bool:
@@ -180,7 +182,9 @@ class SimHost:
 
     def kill(self, instance: str, token: int) -> tuple[Stray, ...]:
         run = self.of(instance).runs.get(token)
-        if run is not None and run.lives and not run.stuck:
+        if run is not None and run.lives and run.stuck:
+            run.condemned = True
+        elif run is not None and run.lives:
             self.die(instance, run, signal=9)
             run.strays = 0
         return ()
@@ -602,9 +606,11 @@ class World:
         self.bag.messages.clear()  # whatever was under way is lost: the rows alone must do
         for host in self.hosts.values():
             host.disk_full, host.offset = False, 0.0
-            for kept in host.kept.values():
-                for run in kept.runs.values():
+            for instance, kept in host.kept.items():
+                for run in list(kept.runs.values()):
                     run.stuck = False
+                    if run.condemned:
+                        host.kill(instance, run.token)
         for tick in range(ticks):
             self.step += 1
             for instance in self.ids:

@@ -145,6 +145,7 @@ def test_why_an_instance_has_failed_survives_a_redis_that_lost_everything() -> N
     walk.a_good_while()
     before = walk.world.store.load("b-0")
     assert before.state is State.FAILED and "cannot end" in before.reason
+    assert before.last_failure is not None and before.last_failure.cause == "unkillable"
     walk.redis_loses_everything()
     walk.crashes_again_and_again(instance="b-0", times=1)
     walk.teardown()
@@ -152,8 +153,8 @@ def test_why_an_instance_has_failed_survives_a_redis_that_lost_everything() -> N
     assert (after.state, after.reason) == (State.FAILED, f"{before.reason} (as its host remembers)")
 
 
-def test_that_a_run_cannot_be_ended_is_known_whatever_else_goes_wrong() -> None:
-    """The reason that people read may be another by now (a full disk, say); what the last failure was is not."""
+def test_what_is_left_of_a_run_ends_when_it_can() -> None:
+    """A process in state D takes its SIGKILL when it comes out of it, though the row is at rest and the disk was full."""
     walk = Walk()
     walk.a_good_while()
     walk.disk(full=True, host="h2")
@@ -162,6 +163,7 @@ def test_that_a_run_cannot_be_ended_is_known_whatever_else_goes_wrong() -> None:
     walk.goes_wrong(instance="c-0", what="stuck")
     walk.crashes_again_and_again(instance="c-0", times=1)
     walk.join(host="h2")
+    assert walk.world.hosts["h2"].current("c-0").lives  # type: ignore[union-attr]
     walk.teardown()
-    row = walk.world.store.load("c-0")
-    assert row.state is State.FAILED and row.last_failure is not None and row.last_failure.cause == "unkillable"
+    assert walk.world.store.load("c-0").state is State.FAILED
+    assert not walk.world.hosts["h2"].current("c-0").lives  # type: ignore[union-attr]
