@@ -68,14 +68,15 @@ def test_sigkill_of_the_api_server(tiny: Vllm) -> None:
 
 def test_sigkill_of_the_engine(tiny: Vllm) -> None:
     """
-    vLLM exits with 0, and that is a failure all the same.
+    vLLM exits with 0, and that is a failure all the same. On a busy machine a look finds /health at 503 before that, and we end it.
     """
     scene = Scene(tiny)
 
     os.kill(tiny.only("EngineCore"), signal.SIGKILL)
 
     scene.repaired("engine_died")
-    assert tiny.row.last_exit is not None and tiny.row.last_exit.code == 0
+    assert tiny.row.last_exit is not None
+    assert (tiny.row.last_exit.code, tiny.row.last_exit.signal) in ((0, None), (None, 9))
 
 
 def test_sigkill_of_the_worker(tiny: Vllm) -> None:
