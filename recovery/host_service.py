@@ -20,9 +20,9 @@ from recovery.core.fleet_plan import plan
 from recovery.core.host import ExitRecord, HostRecord, HostView
 from recovery.core.instance import Desired, Instance, Value
 from recovery.core.launch import PORT, Launch, launch
-from recovery.core.looking import Look, on_look
+from recovery.core.looking import Look, may_be_gone, on_look
 from recovery.core.remedies import StepKind
-from recovery.core.states import ENDING, PROBED, State
+from recovery.core.states import AT_REST, ENDING, PROBED, State
 from recovery.errors import (
     ConfigError,
     DiskError,
@@ -457,13 +457,23 @@ class HostService:
         has none; a row says that its run has one only when that is on disk.
         """
         for instance_id in list(self._alive):
-            row = self.store.load(instance_id) if self.host.leased(instance_id) else None
-            if row is None:
-                continue
-            if not row.policy.reschedule and not row.leased:
-                self.host.renew(instance_id, math.inf)
-            elif not row.policy.reschedule or self.host.renew(instance_id, heard_at + row.policy.lease_s):
-                self._apply(instance_id, _lease_said)
+            if self.host.leased(instance_id):
+                self._renew_one(instance_id, heard_at)
+
+    def _renew_one(self, instance_id: str, heard_at: float) -> None:
+        try:
+            row = self.store.load(instance_id)
+        except SchemaError:  # a newer part wrote it, so it is left as it is: its server serves on by what the file says
+            place = self._places(self.fleet()).get(instance_id)
+            if place is not None:
+                self.host.renew(instance_id, heard_at + place.spec.policy.lease_s)
+            return
+        if row is None:
+            return
+        if not row.policy.reschedule and not row.leased:
+            self.host.renew(instance_id, math.inf)
+        elif not row.policy.reschedule or self.host.renew(instance_id, heard_at + row.policy.lease_s):
+            self._apply(instance_id, _lease_said)
 
     # --- looks ---------------------------------------------------------------------------------------------------
 
@@ -475,7 +485,7 @@ class HostService:
         if row is None or row.run != look.run:
             return
         look = self._completed(row, look)
-        if not look.alive or (look.health == "refused" and row.state is not State.STARTING):
+        if may_be_gone(row, look):
             self._end_idle_keeper(instance_id, look.run)
         if not look.alive:
             return
@@ -501,9 +511,7 @@ class HostService:
 
         What follows is an end that nobody saw. Without this a model that only its process is looked at would wait for ever.
         """
-        view = self.host.look(instance_id)
-        recorded = view.exit is not None and view.exit.token >= token
-        if view.run is None or view.run.token != token or view.server_alive or not view.keeper_alive or recorded:
+        if not self.host.look(instance_id).keeper_idles(token):
             self._idle.pop(instance_id, None)
         elif self._idle.get(instance_id) == token:
             self.host.end_keeper(instance_id, token)
@@ -582,7 +590,7 @@ class HostService:
             yield
         except (DiskError, SchemaError, SpawnError) as error:
             problems[instance_id] = text = str(error)
-            self._apply(instance_id, lambda row, _: Decision(after=row.evolve(reason=text), reason=text) if row.reason != text else None)
+            self._apply(instance_id, lambda row, _: joining.hindered(row, text))
 
     def tokens(self) -> Mapping[str, int]:
         """The highest token this host has seen of each instance it has had to do with."""
@@ -689,7 +697,7 @@ class HostService:
 
     def _retire(self, row: Instance) -> None:
         """A row whose model left the file: stopped first, then forgotten."""
-        if row.state in (State.STOPPED, State.COMPLETED, State.FAILED) and not self.host.look(row.id).server_alive:
+        if row.state in AT_REST and not self.host.look(row.id).server_alive:
             self._forget(row)
             return
         if row.desired is not Desired.STOPPED:

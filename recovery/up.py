@@ -26,7 +26,7 @@ from recovery.adapters import embedded_redis
 from recovery.adapters.processes import Processes
 from recovery.core.commanding import Command, Verb, on_command
 from recovery.core.instance import Desired, Instance
-from recovery.core.states import State
+from recovery.core.states import AT_REST
 from recovery.errors import ConfigError, ConflictError, LeaseHeldError, RecoveryError, StoreUnavailableError
 from recovery.part_list import LONGEST_DRAIN_S, Listed, RedisRunner
 from recovery.part_restarts import Restarter
@@ -36,7 +36,6 @@ from recovery.service import Service
 from recovery.settings import Settings, load_fleet, port_clashes
 from recovery.watchdog import Watchdog
 
-REST = frozenset({State.STOPPED, State.COMPLETED, State.FAILED})
 RESUME = "resume.json"
 """The instances that taking the installation down has stopped: the next start starts them again."""
 ROTATE_S = 5.0
@@ -242,7 +241,7 @@ class Models:
         slowest = max((row.policy.drain_timeout_s + row.policy.stop_grace_s + row.policy.kill_deadline_s for row in ours), default=0.0)
         until, hurried = time.monotonic() + slowest + 30.0, False
         while True:
-            left = tuple(row for row in self._store.load_many([row.id for row in ours]) if row.state not in REST or row.run is not None)
+            left = tuple(row for row in self._store.load_many([row.id for row in ours]) if row.state not in AT_REST or row.run is not None)
             say(left)
             if not left:
                 return True
@@ -269,7 +268,7 @@ class Models:
         return tuple(started)
 
     def _take_down(self) -> list[Instance]:
-        ours = [row for row in self.rows() if row.state not in REST or row.run is not None]
+        ours = [row for row in self.rows() if row.state not in AT_REST or row.run is not None]
         remember(self._home, [row.id for row in ours if row.desired is Desired.RUNNING])
         self._stop(ours, force=False)
         return ours

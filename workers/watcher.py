@@ -182,6 +182,7 @@ class HostWorker:
             "boot_id": self._boot_id,
             "tokens": {instance: str(token) for instance, token in self.service.tokens().items()},
             "served_at": self._served_at,
+            "up_s": time.monotonic() - self._began,
             "problems": self._problems,
         }
 

@@ -8,7 +8,7 @@ from typing import Self
 
 from limits import RateLimitItemPerMinute
 from limits.errors import StorageError
-from limits.storage import MemoryStorage, RedisStorage, Storage
+from limits.storage import RedisStorage, Storage
 from limits.strategies import MovingWindowRateLimiter
 
 from recovery.adapters.redis_url import RedisUrl
@@ -27,11 +27,6 @@ class RateLimits:
         """Counted beside the fleet's state, through connections of its own."""
         pool = url.client().connection_pool
         return cls(RedisStorage("redis://", connection_pool=pool, key_prefix=f"{prefix}:limit", wrap_exceptions=True), per_minute)
-
-    @classmethod
-    def in_memory(cls, per_minute: Mapping[str, int]) -> Self:
-        """Counted in this process alone."""
-        return cls(MemoryStorage(), per_minute)
 
     def take(self, kind: str, who: str) -> float | None:
         """Return None when the request may go on, else the seconds until one may; raise `StoreUnavailableError`."""

@@ -119,6 +119,11 @@ class HostView(_Value):
         """Whether the host has been booted since the recorded run was started, which ended it."""
         return self.run is not None and self.run.boot_id != self.boot_id
 
+    def keeper_idles(self, token: int) -> bool:
+        """Whether the keeper of that run lives and has not written down that its server is gone: it is about to, or stopped."""
+        recorded = self.exit is not None and self.exit.token >= token
+        return self.run is not None and self.run.token == token and self.keeper_alive and not self.server_alive and not recorded
+
     def ended(self, now: float) -> ExitRecord | None:
         """
         How the newest run ended, or None while it lives or its keeper has not said yet.

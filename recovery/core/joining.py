@@ -11,11 +11,11 @@ from recovery.core.fleet import InstancePlan, ModelSpec, Placement, launch_diges
 from recovery.core.host import HostRecord, HostView
 from recovery.core.instance import Desired, Instance
 from recovery.core.launch import Override
-from recovery.core.states import State
+from recovery.core.states import AT_REST, State
 
 RETIRED = "retired"
 """The rest of an instance whose model left the fleet file: should it come back, it begins like any new one, with higher tokens."""
-RESTS = {"failed": State.FAILED, "completed": State.COMPLETED, "stopped": State.STOPPED}
+RESTS = {state.value: state for state in AT_REST}
 
 
 def new_row(
@@ -113,7 +113,7 @@ def caught_up(row: Instance, record: HostRecord, now: float) -> Instance:
 def recorded(row: Instance, record: HostRecord, *, started_at: float | None = None) -> HostRecord:
     """The host's record brought up to the row; `started_at` adds a start (Unix seconds). A row that is behind keeps its wish to itself."""
     starts = record.starts if record.forgiven == row.forgiven else ()
-    rest = row.state.value if row.state in RESTS.values() else None
+    rest = row.state.value if row.state in AT_REST else None
     return record.model_copy(
         update={
             "token": max(record.token, row.token),
@@ -151,6 +151,11 @@ def retired(row: Instance, now: float) -> Decision | None:
     """A model that left the fleet file is stopped in good order."""
     decision = on_command(row, Command(verb=Verb.STOP, by="fleet file"), now)
     return decision if isinstance(decision, Decision) else None
+
+
+def hindered(row: Instance, why: str) -> Decision | None:
+    """Its host cannot do anything about it now, and says why; None where the row says so, or is at rest for a reason of its own."""
+    return None if row.state in AT_REST or row.reason == why else Decision(after=row.evolve(reason=why), reason=why)
 
 
 def _respecified(

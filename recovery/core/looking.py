@@ -59,6 +59,11 @@ def wants_completion(row: Instance, steps: float | None) -> bool:
     return row.state is State.STARTING or steps is None or row.probe.steps is None or steps <= row.probe.steps
 
 
+def may_be_gone(row: Instance, look: Look) -> bool:
+    """True when the look lets one doubt that there still is a process: one that loads refuses connections, too."""
+    return not look.alive or (look.health == "refused" and row.state is not State.STARTING)
+
+
 def on_look(row: Instance, look: Look, now: float, u: float, remedy: Remedy | None = None) -> Decision | None:
     """
     Decide about what a look saw; None when it belongs to another run or the row no longer asks.

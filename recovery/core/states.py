@@ -85,5 +85,8 @@ def advance(state: State, event: Event) -> State:
 ENDING = frozenset({S.DRAINING, S.RELEASING, S.STOPPING, S.RECYCLING})
 """States whose next step is taken by looking at the host until nothing of the run is left."""
 
+AT_REST = frozenset({S.STOPPED, S.COMPLETED, S.FAILED})
+"""States that only an operator or a changed fleet file ends."""
+
 PROBED = frozenset({S.STARTING, S.HEALTHY, S.UNHEALTHY})
 """States in which the server is asked how it is."""

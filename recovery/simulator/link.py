@@ -1,5 +1,6 @@
 """How the server speaks to its engine: over a socket to the child process, or to one within itself (`--engine none`)."""
 
+import abc
 import asyncio
 import os
 import signal
@@ -16,7 +17,7 @@ from recovery.simulator.engine import Engine, EngineCrash, Message, log_load, lo
 from recovery.simulator.options import Options
 
 
-class Link:
+class Link(abc.ABC):
     """
     One engine. `ready` is set when it has loaded; then `on_report` gets every step's report, `on_death` at most one call.
 
@@ -34,12 +35,13 @@ class Link:
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._questions = 0
 
+    @abc.abstractmethod
     def send(self, message: Message) -> None:
-        raise NotImplementedError
+        """Tell the engine something; it may answer."""
 
+    @abc.abstractmethod
     def kill(self, number: int) -> None:
         """Send the engine a signal."""
-        raise NotImplementedError
 
     async def ask(self, what: str, value: Any = None) -> Any:
         """A round trip through the engine; it waits as long as the engine is stopped."""

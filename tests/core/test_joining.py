@@ -9,7 +9,7 @@ from recovery.core.failing import ExitSeen, on_exit
 from recovery.core.fleet import InstancePlan, ModelSpec, Placement
 from recovery.core.host import HostRecord, HostView
 from recovery.core.instance import Desired, Instance
-from recovery.core.joining import caught_up, changed, new_row, recorded, remembered, retired
+from recovery.core.joining import caught_up, changed, hindered, new_row, recorded, remembered, retired
 from recovery.core.launch import Override
 from recovery.core.states import State
 from tests.core.making import NOW, TOKEN, row, run_record, stray, view
@@ -242,3 +242,15 @@ def test_strays_alone_are_no_server() -> None:
     back = made(view(alive=False, run=TOKEN, left=(stray(),), record=RECORD.model_copy(update={"last_ended": TOKEN})))
     assert back.state is S.RESTARTING
     assert run_record().token == TOKEN
+
+
+# --- what its host cannot do now --------------------------------------------------------------------------------------
+
+
+def test_what_hinders_its_host_is_said_once_and_not_over_why_it_rests() -> None:
+    full = "no space left"
+    said = hindered(row(S.HEALTHY), full)
+    assert said is not None and (said.after.reason, said.after.state) == (full, S.HEALTHY)
+    assert hindered(said.after, full) is None
+    for state in (S.FAILED, S.COMPLETED, S.STOPPED):
+        assert hindered(row(state, reason="max restarts (3) reached"), full) is None

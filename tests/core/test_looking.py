@@ -6,7 +6,7 @@ import pytest
 
 from recovery.core.decision import Action, Decision
 from recovery.core.instance import Instance, Intent
-from recovery.core.looking import Look, on_look, wants_completion
+from recovery.core.looking import Look, may_be_gone, on_look, wants_completion
 from recovery.core.states import PROBED, State
 from tests.core.making import NOW, TOKEN, bad, look, memory, row
 
@@ -315,3 +315,10 @@ def test_only_serving_counts() -> None:
 def test_forgiving_nothing_says_nothing() -> None:
     decision = seen(serving(entered_at=NOW - 10_000), look(steps=11.0))
     assert not decision.events and not decision.actions
+
+
+def test_a_look_that_lets_one_doubt_that_there_is_a_process() -> None:
+    refused, gone = look(health="refused"), look(alive=False)
+    assert may_be_gone(row(State.HEALTHY), refused) and not may_be_gone(row(State.STARTING), refused)
+    assert may_be_gone(row(State.HEALTHY), gone) and may_be_gone(row(State.STARTING), gone)
+    assert not may_be_gone(row(State.HEALTHY), look())

@@ -231,3 +231,10 @@ def test_views_tell_ends() -> None:
     assert view(alive=True, exit_token=TOKEN - 1).ended(NOW) is None, "the exit of an older run says nothing about this one"
     unseen = view(alive=False).ended(NOW)
     assert unseen is not None and unseen.unknown and unseen.token == TOKEN
+
+
+def test_a_keeper_idles_when_its_server_is_gone_and_no_exit_is_written() -> None:
+    assert view(server_alive=False).keeper_idles(TOKEN)
+    for other in (view(), view(alive=False), view(server_alive=False, exit_token=TOKEN), view(run=None)):
+        assert not other.keeper_idles(TOKEN)
+    assert not view(server_alive=False).keeper_idles(TOKEN - 1)

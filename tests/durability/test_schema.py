@@ -24,6 +24,7 @@ from tests.cli.installation import PATIENCE_S, Installation, installation
 from tests.helpers import RedisServer, wait_until
 
 OLDER = SCHEMA - 1
+LEASE_S = 15.0
 MIGRATING = """
 import sys
 if sys.argv[:1] != ["-c"]:
@@ -82,6 +83,9 @@ def one() -> Iterator[Installation]:
         fleet = json.loads(made.fleet.read_text())
         for name, model in fleet["llmModels"].items():
             model["args"] += ["--served-model-name", name]
+        fleet["addresses"] = {"here": "127.0.0.1", "there": "127.0.0.1"}
+        fleet["llmModels"]["a"] |= {"host": "here"}
+        fleet["llmModels"]["b"] |= {"hosts": ["here", "there"], "reschedule": True, "lease_s": LEASE_S}
         made.fleet.write_text(json.dumps(fleet))
         made.up()
         yield made
@@ -90,6 +94,7 @@ def one() -> Iterator[Installation]:
 def test_a_newer_row_is_left_alone_and_everybody_says_so(one: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
     """API, command line and workers say what it is and what to do; the model serves on; the other one is repaired as ever."""
     old = {name: one.serves(name) for name in one.models}
+    wait_until(lambda: next(row.leased for row in one.wired.store.load_all() if row.id == "b-0"), True, within_s=PATIENCE_S)
     kept = written_by_another(monkeypatch, one.wired.store, "b-0", newer)
     text = f"cannot read the row of 'b-0': it has schema {SCHEMA + 1}, this part knows {SCHEMA}; upgrade this part"
     api = httpx.Client(base_url=f"http://127.0.0.1:{one.api}", timeout=PATIENCE_S)
@@ -114,6 +119,10 @@ def test_a_newer_row_is_left_alone_and_everybody_says_so(one: Installation, monk
     assert (served.status_code, one.server("b"), document(one.wired.store, "b-0")) == (200, old["b"], kept)
     with pytest.raises(SchemaError, match="upgrade this part"):  # what the control worker answers a script with
         Service(one.wired.store, Nobody()).command("b", Command(verb=Verb.RESTART))
+
+    heard = one.wired.store.now()  # the host beats, takes tasks, and puts off the end of the lease for longer than that lasts
+    wait_until(lambda: one.wired.store.hosts()["here"]["served_at"] > heard + LEASE_S + 5, within_s=PATIENCE_S)
+    assert one.server("b") == old["b"]
     for part in ("host", "api", "door"):
         wait_until(lambda log=one.home / "logs" / f"{part}.log": text in log.read_text(), within_s=PATIENCE_S)
 

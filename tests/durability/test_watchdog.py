@@ -54,6 +54,7 @@ def test_it_is_told_of_and_replaced(
     """`/readyz`, metrics and the doctor say so until the watchdog has started it again; the model has noticed nothing."""
     api = httpx.Client(base_url=f"http://127.0.0.1:{one.api}", timeout=PATIENCE_S)
     server, old = one.serves("a"), one.part_pids()
+    assert one.wired.store.hosts()["here"]["up_s"] > 0, "by this a worker that was deaf from its first second is found"
     wait_until(lambda: api.get("/readyz").text, "ok", within_s=PATIENCE_S)
     said: set[str] = set()
 
