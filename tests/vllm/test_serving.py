@@ -18,8 +18,7 @@ from tests.loop.fleet import gone
 from tests.loop.plane import Plane
 from tests.vllm.supervised import PATIENCE_S, Scene, Vllm, servers
 
-SATURATED_S = float(os.environ.get("VLLM_SATURATED_S", "40"))
-"""Three minutes on demand: VLLM_SATURATED_S=180."""
+SATURATED_S = 180.0
 
 
 @pytest.fixture(scope="module")
