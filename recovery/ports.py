@@ -145,6 +145,9 @@ class Sender(Protocol):
 class Host(Protocol):
     """The processes and files of one GPU host (`adapters/processes.py`). Raises `DiskError`, `SpawnError`, `LeaseHeldError`."""
 
+    def stay_ahead(self) -> None:
+        """From now on have what a start needs ready beforehand."""
+
     def instances(self) -> tuple[str, ...]:
         """Return the instances this host's disk knows."""
 

@@ -16,9 +16,10 @@ from recovery.adapters.redis_url import RedisUrl
 from recovery.adapters.webhook import HttpWebhook
 from recovery.core.fleet import Fleet
 from recovery.errors import ConfigError
-from recovery.host_service import Clocks, HostService
+from recovery.host.context import Clocks
+from recovery.host.repairs import Repairs
+from recovery.host.service import HostService
 from recovery.ports import Sender
-from recovery.repairing import Repairs
 from recovery.service import Service
 from recovery.settings import Settings, load_fleet, load_settings
 

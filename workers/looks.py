@@ -14,7 +14,7 @@ from recovery.core.instance import Instance
 from recovery.core.looking import Look
 from recovery.core.states import PROBED
 from recovery.errors import RecoveryError
-from recovery.host_service import HostService
+from recovery.host.service import HostService
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from celery import Task
 
-from recovery import host_logs, wiring
+from recovery import wiring
 from recovery.core.commanding import Command, Verb
 from recovery.errors import RecoveryError, StoreUnavailableError, UnknownModelError, WebhookError
+from recovery.host import logs
 from recovery.service import Answer, Service
 from workers import watcher
 from workers.app import app
@@ -176,7 +177,7 @@ def read_logs(instance: str, opts: dict[str, Any] | None = None) -> dict[str, An
     try:
         asked = opts or {}
         run, after = asked.get("run"), asked.get("after")
-        return host_logs.read_logs(
+        return logs.read_logs(
             watcher.current().service,
             str(instance),
             lines=int(asked.get("lines", 100)),

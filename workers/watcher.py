@@ -20,8 +20,8 @@ from celery.worker import WorkController
 
 from recovery import wiring
 from recovery.errors import ConfigError, DiskError, HostAwayError, RecoveryError, StoreUnavailableError
-from recovery.host_logs import Seen, keep_tails
-from recovery.host_service import HostService
+from recovery.host.logs import Seen, keep_tails
+from recovery.host.service import HostService
 from workers.app import app
 from workers.looks import Looks
 from workers.routing import host_queue
@@ -72,7 +72,8 @@ class HostWorker:
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
     def start(self) -> None:
-        """Join the fleet, then watch and beat in threads of their own."""
+        """Join the fleet, then watch and beat in threads of their own; have the next keeper ready."""
+        self.service.host.stay_ahead()
         for name, work in (("watcher", self._watch_forever), ("heartbeat", self._beat_forever)):
             threading.Thread(target=work, name=name, daemon=True).start()
 

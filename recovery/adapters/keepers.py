@@ -1,4 +1,4 @@
-"""Starting keepers, and hearing from them whether the server was executed."""
+"""Starting keepers, ahead of time where they are wanted soon, and hearing from them whether the server was executed."""
 
 import contextlib
 import getpass
@@ -27,6 +27,8 @@ ANSWER_S = 10.0
 """How long a keeper may take to say that the server is executed; 30 ms on an idle machine, most of it Python's start."""
 TMPDIR_LONGEST = 60
 """vLLM and multiprocessing put sockets with names of up to 45 bytes in TMPDIR; a socket's path must stay under 108."""
+ORDER_BYTES = 65_536
+"""What a pipe takes at once; an environment above it goes to a keeper of its own, so that none can make us wait by not reading."""
 ADOPT_DEFAULTS = {"kill_deadline_s": 30.0, "log_bytes": 64 << 20, "log_files": 4, "deadline_file": None}
 
 
@@ -47,6 +49,8 @@ class Keepers:
         self._disk = disk
         self._python = python
         self._script: str | None = None
+        self._spare: subprocess.Popen[bytes] | None = None
+        self._ahead = False
         self._children: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
 
@@ -81,6 +85,11 @@ class Keepers:
         env = {**os.environ, "RECOVERY_RUN": run.marker, "SPT_NOENV": "1"}
         return self._run_keeper(instance, {**ADOPT_DEFAULTS, **self._last_spec(instance), **own}, env, None)
 
+    def stay_ahead(self) -> None:
+        """From now on have one keeper started before it is needed; it ends with this process."""
+        self._ahead = True
+        self._start_spare()
+
     def reap(self) -> None:
         """Collect the keepers we started that have ended: a zombie is no harm, but it is untidy."""
         with self._lock:
@@ -88,27 +97,62 @@ class Keepers:
 
     def _run_keeper(self, instance: str, spec: Mapping[str, Any], env: Mapping[str, str], cwd: Path | None) -> Answer:
         folder = self._disk.folder(instance)
-        path = folder / "spec.json"
+        path, errors = folder / "spec.json", folder / "keeper.log"
         write_json(path, {**spec, "version": keeper.SPEC_VERSION})
-        try:
-            with (folder / "keeper.log").open("wb") as errors:
-                child = subprocess.Popen(
-                    [self._python, "-I", "-S", self._keeper_script(), str(path)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    env=env,
-                    cwd=cwd,
-                )
-        except (OSError, ValueError) as error:  # ValueError: a NUL or a "=" where the environment cannot have one
-            return Answer(error=f"{self._python} in {cwd or Path.cwd()} as its keeper: {error}")
+        child = self._order_spare({"spec": str(path), "env": dict(env), "cwd": None if cwd is None else str(cwd), "errors": str(errors)})
+        if child is None:
+            try:
+                with errors.open("wb") as complaints:
+                    child = subprocess.Popen(
+                        [*self._command(), str(path)],
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.PIPE,
+                        stderr=complaints,
+                        env=env,
+                        cwd=cwd,
+                    )
+            except (OSError, ValueError) as error:  # ValueError: a NUL or a "=" where the environment cannot have one
+                return Answer(error=f"{self._python} in {cwd or Path.cwd()} as its keeper: {error}")
         answer = _read_answer(child)
         if not answer.ok:
             answer = _end_failed(child, answer)
         with self._lock:
             self._children.append(child)
         self.reap()
+        if self._ahead:
+            self._start_spare()
         return answer
+
+    def _command(self) -> list[str]:
+        return [self._python, "-I", "-S", self._keeper_script()]
+
+    def _start_spare(self) -> None:
+        """Start one unless it is there; without one, a start takes longer, and that is all."""
+        with self._lock, contextlib.suppress(OSError):
+            if self._spare is not None and self._spare.poll() is not None:
+                _let_go(self._spare)
+                self._spare = None
+            if self._spare is None:
+                self._spare = subprocess.Popen(
+                    self._command(), bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+                )
+
+    def _order_spare(self, order: Mapping[str, Any]) -> subprocess.Popen[bytes] | None:
+        """Hand the run to the keeper that waits; None when there is none, or it cannot be told."""
+        line = json.dumps(order).encode() + b"\n"
+        if len(line) > ORDER_BYTES:
+            return None
+        with self._lock:
+            spare, self._spare = self._spare, None
+        if spare is None or spare.stdin is None:
+            return None
+        try:
+            with spare.stdin:
+                spare.stdin.write(line)
+        except OSError:  # it has ended
+            _let_go(spare)
+            return None
+        return spare
 
     def _keeper_script(self) -> str:
         """
@@ -152,6 +196,12 @@ def _make_tmpdir(folder: Path, token: int) -> str:
     except OSError as error:
         raise DiskError(f"cannot make a temporary directory for a run: {error}; free space or mend the permissions there") from error
     return str(inside)
+
+
+def _let_go(spare: subprocess.Popen[bytes]) -> None:
+    """Let go of a keeper that ended before it was needed."""
+    with spare:
+        spare.kill()
 
 
 def _read_answer(child: subprocess.Popen[bytes]) -> Answer:

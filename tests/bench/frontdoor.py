@@ -27,10 +27,12 @@ import httpx
 import psutil
 
 from recovery.frontdoor.keys import digest
+from tests.bench import peers
 from tests.bench.load import Result, closed_loop, first_events, open_streams
 
 ROOT = Path(__file__).parents[2]
 REPLICAS = 2
+ROUTER = ("vllm-router==0.1.17",)
 Row = dict[str, float]
 
 
@@ -121,9 +123,7 @@ def nginx(bench: Bench, stubs: list[int]) -> tuple[int, subprocess.Popen[bytes]]
     return port, bench.start("nginx", [binary, "-p", str(bench.folder), "-c", str(config)], bench.proxy_core)
 
 
-def router(bench: Bench, stubs: list[int], binary: str | None) -> tuple[int, subprocess.Popen[bytes]] | None:
-    if binary is None:
-        return None
+def router(bench: Bench, stubs: list[int], binary: str) -> tuple[int, subprocess.Popen[bytes]]:
     port = free_port()
     flags = [
         "--host",
@@ -198,7 +198,7 @@ def streams_round(port: int, cost: Cost, count: int, seconds: float) -> Row:
     }
 
 
-def run(rounds: int, seconds: float, streams: int, stream_seconds: float, router_binary: str | None) -> dict[str, Any]:
+def run(rounds: int, seconds: float, streams: int, stream_seconds: float, router_binary: str) -> dict[str, Any]:
     """Measure everything; the result is what is printed and written."""
     with _bench() as bench:
         stubs = bench.stubs()
@@ -272,9 +272,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="for each closed loop")
     parser.add_argument("--streams", type=int, default=1000)
     parser.add_argument("--stream-seconds", type=float, default=15.0)
-    parser.add_argument("--router", default=shutil.which("vllm-router"), help="the vllm-router program; left out where there is none")
+    parser.add_argument("--router", help="the vllm-router program; without it one is installed into the user's cache")
     given = parser.parse_args()
-    result = run(given.rounds, given.seconds, given.streams, given.stream_seconds, given.router)
+    router_binary = given.router or str(peers.environment("bench-router", ROUTER) / "vllm-router")
+    result = run(given.rounds, given.seconds, given.streams, given.stream_seconds, router_binary)
     if given.json is not None:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.write(show(result) + "\n")

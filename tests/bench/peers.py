@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -20,14 +20,14 @@ PACKAGES = ("supervisor==4.3.0", "circus==0.19.0", "setuptools<80")
 """supervisor 4.3 asks setuptools for its own version."""
 
 
-def environment() -> Path:
-    """The folder with the peers' programs; installed at the first call."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-recovery" / "bench-peers"
+def environment(name: str, packages: Sequence[str]) -> Path:
+    """The folder with the programs of these packages, in an environment of their own; installed at the first call."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-recovery" / name
     stamp = folder / ".stamp"
-    if not stamp.exists() or stamp.read_text() != " ".join(PACKAGES):
+    if not stamp.exists() or stamp.read_text() != " ".join(packages):
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(folder / "bin/python"), "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
-        stamp.write_text(" ".join(PACKAGES))
+        subprocess.run([str(folder / "bin/python"), "-m", "pip", "install", "--quiet", *packages], check=True)
+        stamp.write_text(" ".join(packages))
     return folder / "bin"
 
 
@@ -60,7 +60,7 @@ PEERS = {"shell loop": shell_loop, "supervisord": supervisord, "circus": circus}
 @contextlib.contextmanager
 def running() -> Iterator[dict[str, Path]]:
     """All peers, each with its child; where each child's execs are noted, by the peer's name."""
-    programs = environment()
+    programs = environment("bench-peers", PACKAGES)
     with tempfile.TemporaryDirectory(prefix="rb-", ignore_cleanup_errors=True) as place, contextlib.ExitStack() as ends:
         notes = {}
         for number, (name, command) in enumerate(PEERS.items()):

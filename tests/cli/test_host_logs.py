@@ -10,8 +10,8 @@ from recovery.adapters.processes import Processes
 from recovery.adapters.redis_store import RedisStore
 from recovery.adapters.redis_url import RedisUrl
 from recovery.adapters.run_logs import log_path
-from recovery.host_logs import keep_tails, read_logs
-from recovery.host_service import HostService
+from recovery.host.logs import keep_tails, read_logs
+from recovery.host.service import HostService
 from recovery.settings import load_settings
 
 FLEET = '{"redact_patterns": ["purple \\\\w+"], "llmModels": {"a": {"command": "python", "env": {"HF_TOKEN": "tops3cretvalue"}}}}'

@@ -21,8 +21,9 @@ from recovery.core.instance import Instance
 from recovery.core.looking import Look
 from recovery.core.states import PROBED
 from recovery.errors import RecoveryError
-from recovery.host_service import Clocks, HostService
-from recovery.repairing import Repairs
+from recovery.host.context import Clocks
+from recovery.host.repairs import Repairs
+from recovery.host.service import HostService
 from recovery.service import Service
 from tests.durability.luaworld import LuaStore
 from tests.durability.simworld import Bag, Cut, Message, _Cards

@@ -23,8 +23,9 @@ from recovery.core.instance import Desired, Instance
 from recovery.core.looking import Look
 from recovery.core.states import PROBED
 from recovery.errors import DiskError, LeaseHeldError, RecoveryError, SpawnError, StoreUnavailableError
-from recovery.host_service import Clocks, HostService
-from recovery.repairing import Repairs
+from recovery.host.context import Clocks
+from recovery.host.repairs import Repairs
+from recovery.host.service import HostService
 from recovery.service import Service
 
 LOAD_S = 2.0
@@ -106,6 +107,9 @@ class SimHost:
         return self._world.clock.now + self.offset
 
     # --- the port ---
+
+    def stay_ahead(self) -> None:
+        return None
 
     def instances(self) -> tuple[str, ...]:
         return tuple(sorted(name for name, kept in self.kept.items() if kept.record is not None))

@@ -40,6 +40,10 @@ class Host(Processes):
         env = more.pop("env", dict(os.environ))
         return self.spawn(instance, token, argv, env, **{**defaults, **more})
 
+    @property
+    def spare(self) -> subprocess.Popen[bytes] | None:
+        return self._keepers._spare
+
     def over(self, instance: str = A) -> HostView:
         """The view once the keeper has finished."""
         wait_until(lambda: self.look(instance).keeper_alive or self.look(instance).locked, False)
@@ -65,10 +69,19 @@ class Host(Processes):
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Iterator[Host]:
+def host(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Host]:
     host = Host(tmp_path / "home")
+    if getattr(request, "param", None) == "ahead":
+        host.stay_ahead()
     yield host
     host.end_all()
+    if host.spare is not None:
+        with host.spare as spare:
+            spare.communicate(timeout=60)  # it ends with whoever started it
+
+
+COLD_AND_AHEAD = pytest.mark.parametrize("host", ["cold", "ahead"], indirect=True)
+"""With a keeper that is started for the run, and with one that had been waiting."""
 
 
 # --- how a run ends ----------------------------------------------------------------------------------------------
@@ -152,6 +165,7 @@ def test_a_server_whose_main_thread_has_ended_still_lives(host: Host) -> None:
 # --- keepers that die, keepers that do not -----------------------------------------------------------------------
 
 
+@COLD_AND_AHEAD
 def test_a_server_outlives_its_keeper_and_is_adopted(host: Host) -> None:
     run = host.up(["sh", "-c", "setsid sleep 1001 & echo up; exec sleep 1000"])
     host.says("up")
@@ -205,6 +219,7 @@ def test_keeper_and_server_killed_is_an_end_nobody_saw(host: Host) -> None:
     assert host.look(A).ended(5.0) is None
 
 
+@COLD_AND_AHEAD
 def test_strays_of_an_older_run_are_told_from_the_live_one(host: Host) -> None:
     """A carrier of an old marker is a stray beside the live run, and ending it does not touch that run."""
     env = {**os.environ, "RECOVERY_RUN": host.disk.marker(A, 1)}
@@ -314,6 +329,7 @@ def test_other_instances_and_other_homes_are_left_alone(host: Host, tmp_path: Pa
 # --- starts that fail --------------------------------------------------------------------------------------------
 
 
+@COLD_AND_AHEAD
 def test_a_command_that_does_not_exist_says_so(host: Host) -> None:
     with pytest.raises(SpawnError, match=r"cannot execute no-such-command: No such file.*fleet file"):
         host.up(["no-such-command"], token=5)
@@ -373,14 +389,72 @@ def test_a_keeper_that_says_nothing_is_ended(tmp_path: Path, monkeypatch: pytest
     host.end_all()
 
 
+@COLD_AND_AHEAD
 def test_a_working_directory_that_is_missing(host: Host, tmp_path: Path) -> None:
     with pytest.raises(SpawnError, match="missing"):
         host.up(SLEEP, cwd=tmp_path / "missing")
 
 
+# --- keepers ahead of time ---------------------------------------------------------------------------------------
+
+
+def ahead(host: Host) -> subprocess.Popen[bytes]:
+    host.stay_ahead()
+    assert host.spare is not None
+    return host.spare
+
+
+def test_the_keeper_that_waits_takes_the_next_run_and_is_replaced(host: Host) -> None:
+    first = ahead(host)
+    run = host.up(SLEEP)
+    assert run.keeper_pid == first.pid
+    second = host.spare
+    assert second is not None and second.pid != first.pid
+    assert host.up(SLEEP, instance="other-0").keeper_pid == second.pid
+    os.kill(run.server_pid, signal.SIGKILL)
+    assert host.over().exit is not None
+
+
+def test_a_keeper_that_waits_ends_with_whoever_started_it(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pathlib import Path; from recovery.adapters.processes import Processes\n"
+        "host = Processes(Path(sys.argv[1])); host.stay_ahead(); print(host._keepers._spare.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, check=False)
+    assert done.returncode == -signal.SIGKILL
+    wait_until(lambda: alive(int(done.stdout)), False)
+
+
+def test_a_start_does_without_the_keeper_that_died_waiting(host: Host) -> None:
+    first = ahead(host)
+    first.kill()
+    wait_until(lambda: alive(first.pid), False)
+    assert host.up(SLEEP).keeper_pid != first.pid
+    assert host.spare is not None and host.spare.pid != first.pid
+
+
+def test_a_keeper_that_waits_and_does_not_read_is_given_up(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keepers, "ANSWER_S", 0.2)
+    first = ahead(host)
+    os.kill(first.pid, signal.SIGSTOP)
+    with pytest.raises(SpawnError, match="did not answer"):
+        host.up(SLEEP)
+    assert not alive(first.pid)
+    monkeypatch.undo()
+    assert host.up(SLEEP, token=2).token == 2
+
+
+def test_an_environment_larger_than_a_pipe(host: Host) -> None:
+    first = ahead(host)
+    run = host.up(["sh", "-c", "echo ${#LARGE}; exec sleep 1000"], env={**os.environ, "LARGE": "x" * keepers.ORDER_BYTES})
+    assert run.keeper_pid != first.pid
+    host.says(str(keepers.ORDER_BYTES))
+
+
 # --- what the server is given ------------------------------------------------------------------------------------
 
 
+@COLD_AND_AHEAD
 def test_the_servers_surroundings(host: Host, tmp_path: Path) -> None:
     """Its own environment with the marker, clean signals and descriptors, a session of its own, the wanted directory."""
     script = (
@@ -406,8 +480,7 @@ def test_the_servers_surroundings(host: Host, tmp_path: Path) -> None:
     assert "/dev/zero" not in text and "run.lock" not in text
     assert str(tmp_path) in lines
     assert f"pid {run.server_pid}" in lines and str(run.server_pid) in lines  # the second is its session
-    for pid in (run.keeper_pid, run.server_pid):
-        assert keeper.marker_of(pid) == run.marker
+    assert keeper.marker_of(run.server_pid) == run.marker
 
 
 def test_temporary_files_are_swept(host: Host) -> None:

@@ -13,7 +13,7 @@ from recovery import keeper
 from recovery.adapters import run_logs
 from recovery.adapters.processes import Processes
 from recovery.core.redaction import RedactionConfig, redact_lines, secret_values
-from recovery.host_service import HostService
+from recovery.host.service import HostService
 
 LINES_MOST = 10_000
 BYTES_MOST = 8_000_000

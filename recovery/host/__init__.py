@@ -1,0 +1,1 @@
+"""The use cases of one GPU host; the only code that touches processes."""
