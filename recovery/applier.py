@@ -12,6 +12,7 @@ from recovery.core.rolling import Roll
 from recovery.core.states import State
 from recovery.errors import ConfigError, ConflictError
 from recovery.ports import Sender, Store
+from recovery.queues import host_queue
 from recovery.roller import Roller
 
 PREVIOUS = ".previous"
@@ -122,7 +123,7 @@ class Applier:
     def _join(self) -> None:
         """Have every host read its file now, and wait until their rows say so."""
         for host in self._store.hosts():
-            self._sender.send("recovery.join_host", {}, queue=f"gpu.{host}")
+            self._sender.send("recovery.join_host", {}, queue=host_queue(host))
         self._wait("waiting for the hosts to read the file", lambda: self._read_by_all(), 15.0)
 
     def _read_by_all(self) -> bool:

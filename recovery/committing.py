@@ -17,6 +17,7 @@ from recovery.core.instance import Instance
 from recovery.core.states import State
 from recovery.errors import LeaseHeldError, VersionConflictError
 from recovery.ports import Sender, Store
+from recovery.queues import CONTROL_QUEUE, host_queue
 
 TRIES = 20
 """Commits of one row collide only with another hand's on the same row; losing twenty in a row means something is wrong."""
@@ -79,7 +80,7 @@ class Committer:
         opened = before is None or before.id != incident.id
         closed = incident.closed_at is not None and (opened or before is None or before.closed_at is None)
         if opened or closed:
-            self._sender.send("recovery.tell", {"incident": incident.id, "what": "closed" if closed else "opened"}, queue="control")
+            self._sender.send("recovery.tell", {"incident": incident.id, "what": "closed" if closed else "opened"}, queue=CONTROL_QUEUE)
 
     def deliver(self, row: Instance, now: float, task_id: str | None = None) -> str | None:
         """Send the message of the row's step: a delayed restart that Flower shows with its reason, or a step."""
@@ -88,7 +89,7 @@ class Committer:
             name, kwargs = "recovery.restart_instance", self._explained(row, wait_s)
         else:
             name, kwargs = "recovery.step_instance", {"instance": row.id, "token": row.token}
-        queue = f"gpu.{row.placement.host}"
+        queue = host_queue(row.placement.host)
         return self._sender.send(name, kwargs, queue=queue, countdown_s=wait_s, expires_s=wait_s + MESSAGE_LIFE_S, task_id=task_id)
 
     def _explained(self, row: Instance, wait_s: float) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from recovery.core.summary import Load, load_of
 from recovery.core.view import ModelView, by_model, model_view
 from recovery.core.watching import deaf_hosts
 from recovery.ports import Store
-
-CONTROL_QUEUE = "control"
+from recovery.queues import CONTROL_QUEUE, host_queue
 
 
 class FleetCollector(Collector):
@@ -36,7 +35,7 @@ class FleetCollector(Collector):
         rows, beats, counters = store.load_all(), store.known_hosts(), store.counters()
         kept, ticked = memories(store), store.get("tick")
         unreadable = max(0, len(store.ids()) - len(rows))
-        depths = store.queue_depths([CONTROL_QUEUE, *(f"gpu.{host}" for host in sorted(beats))])
+        depths = store.queue_depths([CONTROL_QUEUE, *(host_queue(host) for host in sorted(beats))])
         now = store.now()
 
         grouped = by_model(rows)

@@ -17,6 +17,7 @@ from recovery.adapters import embedded_redis
 from recovery.errors import ConfigError, StoreUnavailableError
 from recovery.parts import Part
 from recovery.ports import Store
+from recovery.queues import host_queue
 from recovery.settings import Settings
 
 FLOWER_USER = "recovery"
@@ -46,7 +47,7 @@ def all_parts(settings: Settings, store: Store) -> tuple[Listed, ...]:
 
 def host(settings: Settings, store: Store) -> Listed:
     """The worker of this GPU host."""
-    queue, node, began = f"gpu.{settings.host}", f"gpu@{settings.host}", time.time()
+    queue, node, began = host_queue(settings.host), f"gpu@{settings.host}", time.time()
     return Listed(Part("host", _worker(queue, node, threads=8), single=True), lambda: _beats(store, settings.host, began))
 
 

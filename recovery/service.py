@@ -12,6 +12,7 @@ from recovery.core.instance import Instance, Value
 from recovery.core.states import State
 from recovery.errors import RecoveryError, SchemaError, UnknownModelError
 from recovery.ports import Queue, Sender, Store, Webhook
+from recovery.queues import host_queue
 from recovery.rescheduling import Rescheduler
 from recovery.roller import Roller
 
@@ -88,7 +89,7 @@ class Service:
                 continue
             looks = self._pop("looks", host)
             if looks:
-                self.sender.send("recovery.probe_host", {"instances": list(looks), "sent_at": now}, queue=f"gpu.{host}")
+                self.sender.send("recovery.probe_host", {"instances": list(looks), "sent_at": now}, queue=host_queue(host))
                 sent += 1
             for row in self.store.load_many(self._pop("steps", host)):
                 if row.due is not None:
@@ -117,7 +118,7 @@ class Service:
 
     def _probe_now(self, row: Instance) -> None:
         kwargs = {"instances": [row.id], "sent_at": self.store.now()}
-        self.sender.send("recovery.probe_host", kwargs, queue=f"gpu.{row.placement.host}")
+        self.sender.send("recovery.probe_host", kwargs, queue=host_queue(row.placement.host))
 
 
 def not_found(store: Store, name: str, rows: Iterable[Instance]) -> RecoveryError:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from recovery.core.watching import Traces, idle_parts
 from recovery.errors import StoreUnavailableError
 from recovery.ports import Store
+from recovery.queues import CONTROL_QUEUE
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +17,7 @@ AGAIN_S = 60.0
 """A part that was started again is given this long to do its work."""
 
 
-def traces(store: Store, queue: str = "control") -> Traces:
+def traces(store: Store, queue: str = CONTROL_QUEUE) -> Traces:
     """What the parts have left behind in Redis, now."""
     return Traces(now=store.now(), tick_at=store.get("tick"), control_waiting=store.queue_depths([queue])[queue], hosts=store.known_hosts())
 

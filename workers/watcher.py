@@ -22,9 +22,9 @@ from recovery import wiring
 from recovery.errors import ConfigError, DiskError, HostAwayError, RecoveryError, StoreUnavailableError
 from recovery.host.logs import Seen, keep_tails
 from recovery.host.service import HostService
+from recovery.queues import host_queue
 from workers.app import app
 from workers.looks import Looks
-from workers.routing import host_queue
 from workers.sending import CelerySender
 
 log = logging.getLogger(__name__)

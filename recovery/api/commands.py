@@ -19,8 +19,8 @@ from recovery.core.commanding import Verb
 from recovery.core.instance import Instance
 from recovery.errors import ConflictError, HostAwayError, StoreUnavailableError, UnknownModelError
 from recovery.ports import Store
+from recovery.queues import CONTROL_QUEUE, host_queue
 
-CONTROL_QUEUE = "control"
 ANSWER_S = 10.0
 """How long a control worker may take to answer; it takes milliseconds when one is there."""
 QUICK_S = 1.5
@@ -91,7 +91,7 @@ class Commands:
 
     async def ask_host(self, task: str, kwargs: Mapping[str, Any], host: str, within_s: float) -> dict[str, Any]:
         """Return what a host's task answers; raise `HostAwayError` when it does not in time."""
-        task_id = await self._thread(self._queue.send, task, dict(kwargs), f"gpu.{host}")
+        task_id = await self._thread(self._queue.send, task, dict(kwargs), host_queue(host))
         told = await self.answer(task_id, within_s)
         if told is None:
             raise HostAwayError(f"host '{host}' did not answer within {within_s:g} s")

@@ -12,6 +12,7 @@ from recovery import wiring
 from recovery.cli.exits import TimedOutError
 from recovery.core.instance import Instance
 from recovery.errors import ConflictError, StoreUnavailableError
+from recovery.queues import CONTROL_QUEUE
 from recovery.service import not_found
 
 ANSWER_S = 5.0
@@ -55,7 +56,7 @@ def within(work: Callable[[], T], seconds: float = ANSWER_S) -> T:
     return results[0]
 
 
-def ask(task: str, *args: Any, queue: str = "control", wait_s: float = ANSWER_S, **kwargs: Any) -> Any:
+def ask(task: str, *args: Any, queue: str = CONTROL_QUEUE, wait_s: float = ANSWER_S, **kwargs: Any) -> Any:
     """
     What a task answers; published once, never again.
 
@@ -64,7 +65,9 @@ def ask(task: str, *args: Any, queue: str = "control", wait_s: float = ANSWER_S,
     within(wired().store.now, 4.0)  # the plain way to a plain error
     answered, answer = within(lambda: _ask(task, args, kwargs, queue, wait_s), wait_s + 1.0)
     if not answered:
-        who = "control worker (`recovery up` or `recovery control`)" if queue == "control" else f"worker of {queue.removeprefix('gpu.')}"
+        who = (
+            "control worker (`recovery up` or `recovery control`)" if queue == CONTROL_QUEUE else f"worker of {queue.removeprefix('gpu.')}"
+        )
         raise TimedOutError(
             f"cannot get an answer to {task} within {wait_s:g} s: the {who} is not there or busy; "
             f"the command waits for it for {LIFE_S:g} s more"

@@ -16,6 +16,7 @@ from recovery.core.change import Incident
 from recovery.core.instance import Instance
 from recovery.core.postmortem import post_mortem, spans
 from recovery.errors import ConflictError, HostAwayError, RecoveryError
+from recovery.queues import host_queue
 
 READING = "What happened"
 POLL_S = 0.5
@@ -90,7 +91,7 @@ class _Reader:
         return int(runs[run - 1])
 
     def _ask(self, **options: Any) -> dict[str, Any]:
-        told: dict[str, Any] = ask("recovery.read_logs", self._row.id, options, queue=f"gpu.{self._row.placement.host}")
+        told: dict[str, Any] = ask("recovery.read_logs", self._row.id, options, queue=host_queue(self._row.placement.host))
         if "error" in told:
             raise ConflictError(f"cannot read the log of {self._row.id}: {told['detail']}")
         return told

@@ -14,6 +14,7 @@ from recovery.cli.exits import Exit, TimedOutError
 from recovery.cli.steering import Model
 from recovery.core.rolling import Roll
 from recovery.errors import ConfigError, ConflictError, UnknownModelError
+from recovery.queues import host_queue
 from recovery.service import Service
 from recovery.settings import load_fleet
 from recovery.wiring import FleetFile
@@ -107,7 +108,7 @@ def plan(
 ) -> int:
     """Show what would be done about a model's next failure, step by step. Nothing is done."""
     for row in rows_of(model):
-        answer = ask("recovery.plan_instance", row.id, cause, queue=f"gpu.{row.placement.host}")
+        answer = ask("recovery.plan_instance", row.id, cause, queue=host_queue(row.placement.host))
         if answer["outcome"] != "planned":
             raise ConflictError(answer["reason"])
         left = f"{row.policy.max_restarts - row.used} restarts left" if row.policy.max_restarts else "no limit of restarts"

@@ -23,6 +23,7 @@ from recovery.errors import RecoveryError, StoreUnavailableError
 from recovery.frontdoor.reports import Activity, Happened
 from recovery.frontdoor.view import Model, ModelSettings, Replica, Snapshot, View
 from recovery.ports import Sender, Store
+from recovery.queues import CONTROL_QUEUE
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ class StoreReports:
         now = time.monotonic()
         if now - self._asked.get(model, -ASK_AGAIN_S) >= ASK_AGAIN_S:
             self._asked[model] = now
-            self._put(lambda: self._sender.send("recovery.check", {"model": model, "by": "front door"}, queue="control"))
+            self._put(lambda: self._sender.send("recovery.check", {"model": model, "by": "front door"}, queue=CONTROL_QUEUE))
 
     def _put(self, work: Callable[[], object]) -> None:
         try:

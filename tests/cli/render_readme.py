@@ -19,6 +19,7 @@ README = ROOT / "README.md"
 DOCUMENTS = (README, *(ROOT / "docs" / name for name in ("architecture.md", "runbook.md", "reliability.md")))
 FIGURES = ROOT / "docs/figures/control-plane.json"
 CHAOS_FIGURES = ROOT / "docs/figures/chaos.json"
+DOOR_FIGURES = ROOT / "docs/figures/front-door.json"
 VLLM_FIGURES = ROOT / "docs/figures/vllm.json"
 SECTIONS = {"environment": "Environment", "fleet": "Fleet file", "model": "Model"}
 
@@ -169,6 +170,31 @@ def vllm() -> str:
     )
 
 
+def door() -> str:
+    """What `make bench-frontdoor` measured: one row per way to the same replicas."""
+    found = json.loads(DOOR_FIGURES.read_text())
+    columns = {
+        "requests/s": ("requests_per_s", 1, ".0f"),
+        "CPU µs per request": ("cpu_us_per_request", 1, ".0f"),
+        "p50 ms, 1 client": ("p50_us_1", 1000, ".2f"),
+        "p50 ms, 16 clients": ("p50_us_16", 1000, ".2f"),
+        "p99 ms, 16": ("p99_us_16", 1000, ".1f"),
+        "first event ms, 16": ("ttft_p50_us_16", 1000, ".1f"),
+        "token delay ms p50": ("delay_p50_us", 1000, ".1f"),
+        "p99": ("delay_p99_us", 1000, ".1f"),
+        "CPU µs per token": ("cpu_us_per_token", 1, ".0f"),
+        "RSS MiB": ("rss_mib", 1, ".0f"),
+    }
+    rows = []
+    for name, row in found["median_of_rounds"].items():
+        cells = (format(row[key] / unit, shape) for key, unit, shape in columns.values())
+        rows.append((name, *(cell if float(cell) else "" for cell in cells)))
+    return (
+        f"{_table(('', *columns), rows)}\n\nTwo replicas that answer at once; tokens: {found['streams']} streams of 20 a second. "
+        f"{found['cores']} cores, load average {found['load_average']:.1f} at the end."
+    )
+
+
 def chaos() -> str:
     """What `make chaos-long` measured: one row per kind of fault, over all its runs."""
     runs = json.loads(CHAOS_FIGURES.read_text())["runs"]
@@ -213,6 +239,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "diagram": diagram,
     "figures": figures,
     "api": api,
+    "door": door,
     "vllm": vllm,
     "chaos": chaos,
     "chaos short": chaos_short,
