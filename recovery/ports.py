@@ -104,9 +104,6 @@ class Store(Protocol):
     def incidents(self, model: str | None, count: int) -> tuple[Incident, ...]:
         """Return the newest incidents first."""
 
-    def save_incident(self, incident: Incident) -> None:
-        """Write an incident outside a row's commit (evidence that came later). Idempotent."""
-
     def put(self, key: str, value: Any, ttl_s: float) -> None:
         """Keep one small JSON value under a name, for a while (log tails, front door reports, brake, tick)."""
 

@@ -337,11 +337,6 @@ class MemoryStore:
             kept = [found for incident_id in ids if (found := self.incident(incident_id))]
         return tuple(sorted(kept, key=lambda found: (found.opened_at, found.id), reverse=True)[: max(0, count)])
 
-    def save_incident(self, incident: Incident) -> None:
-        """Write an incident outside a row's commit."""
-        with self._open():
-            self._keep(incident)
-
     # Small values
 
     def put(self, key: str, value: Any, ttl_s: float) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import redis
 
 from recovery.adapters.redis_errors import translated
-from recovery.adapters.redis_keys import CHANGES_KEPT, EVENTS_KEPT, HISTORY_TTL_S, INCIDENTS_KEPT, SEEN_TTL_S, Keys, incident_member
+from recovery.adapters.redis_keys import CHANGES_KEPT, EVENTS_KEPT, INCIDENTS_KEPT, SEEN_TTL_S, Keys
 from recovery.adapters.redis_url import RedisUrl
 from recovery.core.change import Count, Incident
 
@@ -123,20 +123,6 @@ class RedisRecords:
         ids = [incident_id for incident_id, of in members if model in (None, of)][: max(0, count)]
         found = self._redis.mget([self.keys.incident_stem + incident_id for incident_id in ids]) if ids else []
         return tuple(Incident.model_validate_json(raw) for raw in found if raw is not None)
-
-    @speaks_redis
-    def save_incident(self, incident: Incident) -> None:
-        """Write an incident outside a row's commit (evidence that came later). Idempotent; the last writer wins."""
-        with self._redis.pipeline(transaction=True) as pipe:
-            pipe.set(self.keys.incident_stem + incident.id, incident.model_dump_json(), ex=HISTORY_TTL_S)
-            pipe.zadd(self.keys.incidents, {incident_member(incident): incident.opened_at})
-            pipe.zrange(self.keys.incidents, 0, -(self._incidents_kept + 1))
-            *_, evicted = pipe.execute()
-        if evicted:
-            with self._redis.pipeline(transaction=True) as pipe:
-                pipe.zrem(self.keys.incidents, *evicted)
-                pipe.delete(*(self.keys.incident_stem + member.decode().split(" ", 1)[0] for member in evicted))
-                pipe.execute()
 
     # Small values
 

@@ -5,7 +5,7 @@ A `Feeder` (a thread that follows the change stream, a file, a test) hands over 
 changes; the last word stands for as long as nothing new comes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -88,17 +88,6 @@ class View:
         self.known, self.fed, self.snapshot = True, True, snapshot
         for listener in self._listeners:
             listener(snapshot)
-
-    def apply_changes(self, changed: Iterable[Replica], removed: Iterable[str] = ()) -> None:
-        """Take changed replicas (matched by instance) and removed instances for true; a replica of an unknown model is ignored."""
-        new = {replica.instance: replica for replica in changed}
-        gone = set(removed)
-        models = []
-        for model in self.snapshot.models:
-            kept = [new.pop(r.instance, r) for r in model.replicas if r.instance not in gone]
-            kept += [r for r in new.values() if r.model == model.name]
-            models.append(model.model_copy(update={"replicas": tuple(kept)}))
-        self.apply(Snapshot(models=tuple(models)))
 
     def lost(self) -> None:
         """Say that the source is away. Nothing is forgotten."""

@@ -20,7 +20,7 @@ from recovery.adapters.redis_url import RedisUrl
 from recovery.api.app import create_app
 from recovery.api.limits import PER_MINUTE
 from recovery.api.tasks import TaskAnswer
-from recovery.core.change import Commit, Count, ModelEvent
+from recovery.core.change import Commit, Count, Incident, ModelEvent
 from recovery.core.commanding import Command, Verb
 from recovery.core.fleet import Placement, Policy
 from recovery.core.instance import Desired, Instance, ProbeMemory
@@ -131,12 +131,19 @@ class Fleet:
         return self.store.commit(Commit(after=row, expected_version=0))
 
     def change(
-        self, instance: str = "vllm-0", *, events: tuple[ModelEvent, ...] = (), counts: tuple[Count, ...] = (), **changes: Any
+        self,
+        instance: str = "vllm-0",
+        *,
+        events: tuple[ModelEvent, ...] = (),
+        counts: tuple[Count, ...] = (),
+        incident: Incident | None = None,
+        **changes: Any,
     ) -> Instance:
         """Change a row as it is now."""
         row = self.store.load(instance)
         assert row is not None
-        return self.store.commit(Commit(after=row.evolve(**changes), expected_version=row.version, events=events, counts=counts))
+        after = row.evolve(**changes)
+        return self.store.commit(Commit(after=after, expected_version=row.version, events=events, counts=counts, incident=incident))
 
     def row(self, instance: str = "vllm-0") -> Instance:
         """The row."""

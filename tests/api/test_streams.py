@@ -100,9 +100,8 @@ def test_lines_of_a_history_that_changed_no_row_are_followed_too(model: Api, fle
 
 def test_incidents_are_listed_newest_first(model: Api, fleet: Fleet):
     for number in (1, 2):
-        fleet.store.save_incident(
-            Incident(id=f"i{number}", model="vllm", instance="vllm-0", host="gpu-1", token=number, opened_at=float(number), cause="killed")
-        )
+        named = {"id": f"i{number}", "model": "vllm", "instance": "vllm-0", "host": "gpu-1"}
+        fleet.change(incident=Incident(**named, token=number, opened_at=float(number), cause="killed"))
 
     assert [each["id"] for each in model.client.get(f"{MODEL}/incidents").json()["incidents"]] == ["i2", "i1"]
 

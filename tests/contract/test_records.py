@@ -5,8 +5,6 @@ What is kept beside the rows: the streams, counters, incidents, heartbeats, smal
 import threading
 from typing import Any
 
-import pytest
-
 from recovery.core.change import Commit, Count, Incident, ModelEvent
 from recovery.core.instance import Intent
 from recovery.core.states import State
@@ -131,21 +129,22 @@ def test_counters_add_up(world: World) -> None:
     assert world.store.counters() == {("restarts_total", labels): 4.0, ("seconds_total", ()): 0.5, ("restarts_total", ()): 1.0}
 
 
-def test_an_incident_is_written_with_the_row_and_later_without(world: World) -> None:
+def test_an_incident_is_written_with_its_row(world: World) -> None:
     opened = incident(1, evidence={"log": "CUDA out of memory ☃"})
-    world.store.commit(Commit(after=instance(), expected_version=0, incident=opened))
+    row = world.store.commit(Commit(after=instance(), expected_version=0, incident=opened))
     assert world.store.incident("i1") == opened
     closed = opened.evolve(closed_at=9.0, outcome="repaired", steps=({"kind": "restart"},))
     for _ in range(2):
-        world.store.save_incident(closed)
+        row = world.store.commit(Commit(after=row, expected_version=row.version, incident=closed))
     assert world.store.incident("i1") == closed
     assert world.store.incidents(None, 10) == (closed,)
     assert world.store.incident("i2") is None
 
 
 def test_incidents_newest_first_and_by_model(world: World) -> None:
+    row = world.put_new(instance())
     for number, model in ((1, "a"), (3, "b"), (2, "a")):
-        world.store.save_incident(incident(number, model))
+        row = world.store.commit(Commit(after=row, expected_version=row.version, incident=incident(number, model)))
     assert [found.id for found in world.store.incidents(None, 10)] == ["i3", "i2", "i1"]
     assert [found.id for found in world.store.incidents(None, 2)] == ["i3", "i2"]
     assert [found.id for found in world.store.incidents("a", 10)] == ["i2", "i1"]
@@ -153,14 +152,10 @@ def test_incidents_newest_first_and_by_model(world: World) -> None:
     assert world.store.incidents(None, 0) == ()
 
 
-@pytest.mark.parametrize("with_a_row", [True, False])
-def test_incidents_are_bounded_and_the_oldest_go(world: World, with_a_row: bool) -> None:
+def test_incidents_are_bounded_and_the_oldest_go(world: World) -> None:
     row = world.put_new(instance())
     for number in range(1, 9):
-        if with_a_row:
-            row = world.store.commit(Commit(after=row, expected_version=row.version, incident=incident(number)))
-        else:
-            world.store.save_incident(incident(number))
+        row = world.store.commit(Commit(after=row, expected_version=row.version, incident=incident(number)))
     assert [found.id for found in world.store.incidents(None, 100)] == ["i8", "i7", "i6", "i5", "i4"]
     assert world.store.incident("i3") is None
 

@@ -17,7 +17,7 @@ import redis
 from recovery.adapters.redis_errors import unavailable
 from recovery.adapters.redis_store import RedisStore
 from recovery.adapters.redis_url import RedisUrl
-from recovery.core.change import Commit, Count, Incident, ModelEvent
+from recovery.core.change import Commit, Count, ModelEvent
 from recovery.errors import StoreUnavailableError
 from tests.contract.world import instance
 from tests.helpers import RedisServer, wait_until
@@ -38,7 +38,6 @@ def opened(url: RedisUrl | str, prefix: str = "recovery") -> Iterator[RedisStore
 def every_call(store: RedisStore) -> dict[str, Callable[[], Any]]:
     """Every method of the port, ready to be called."""
     row, event = instance(), ModelEvent(kind="x")
-    incident = Incident(id="i1", model="vllm", instance="vllm-0", host="gpu-1", token=5, opened_at=1.0, cause="exit")
     return {
         "now": store.now,
         "load": lambda: store.load("vllm-0"),
@@ -64,7 +63,6 @@ def every_call(store: RedisStore) -> dict[str, Callable[[], Any]]:
         "counters": store.counters,
         "incident": lambda: store.incident("i1"),
         "incidents": lambda: store.incidents(None, 10),
-        "save_incident": lambda: store.save_incident(incident),
         "put": lambda: store.put("brake", 1, 10),
         "get": lambda: store.get("brake"),
         "get_many": lambda: store.get_many("b"),
@@ -192,7 +190,7 @@ def test_a_redis_that_cannot_save_refuses_writes_with_advice(own_redis: RedisSer
         client.config_set("save", "3600 1")
         client.bgsave()
         wait_until(lambda: client.info("persistence")["rdb_last_bgsave_status"], "err", within_s=60)
-        for name in ("commit", "beat", "once", "put", "count", "save_incident", "add_event"):
+        for name in ("commit", "beat", "once", "put", "count", "add_event"):
             with pytest.raises(StoreUnavailableError, match=r"cannot save to disk: free space .* \(.*MISCONF"):
                 every_call(store)[name]()
                 pytest.fail(f"{name} was taken")
