@@ -192,7 +192,7 @@ RULES: Final = (
         r"[Mm]odel architectures? \[.*?\] (?:is|are) not supported|failed to be inspected|does not recognize this architecture",
         r"only supported on GPUs with compute capability|is not supported (?:by|for) (?:the )?(?:current )?(?:GPU|device|platform)",
         r"[Qq]uantization method (?:specified|\w+ (?:is not|does not))|Unknown quantization method|Cannot find the config file for \w+",
-        r"trust_remote_code=True|execute the configuration file",
+        r"trust_remote_code=True|contains custom code which must be executed|execute the configuration file",
         phase="load",
     ),
     _rule(Cause.CONFIG_ERROR, r"^Value error, |Input should be ", weight=Weight.GENERAL, phase="load"),
