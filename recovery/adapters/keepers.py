@@ -127,14 +127,23 @@ class Keepers:
         return [self._python, "-I", "-S", self._keeper_script()]
 
     def _start_spare(self) -> None:
-        """Start one unless it is there; without one, a start takes longer, and that is all."""
+        """
+        Start one unless it is there; without one, a start takes longer, and that is all.
+
+        Without our own variables: it is no part of the fleet, and whoever ends those by their mark must not find it.
+        """
         with self._lock, contextlib.suppress(OSError):
             if self._spare is not None and self._spare.poll() is not None:
                 _let_go(self._spare)
                 self._spare = None
             if self._spare is None:
                 self._spare = subprocess.Popen(
-                    self._command(), bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+                    self._command(),
+                    bufsize=0,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    env={name: value for name, value in os.environ.items() if not name.startswith("RECOVERY_")},
                 )
 
     def _order_spare(self, order: Mapping[str, Any]) -> subprocess.Popen[bytes] | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from recovery import keeper
+from recovery import keeper, parts
 from recovery.adapters import keepers
 from recovery.adapters.processes import Processes
 from recovery.core.host import ExitRecord, HostRecord, HostView, RunRecord
@@ -402,6 +402,14 @@ def ahead(host: Host) -> subprocess.Popen[bytes]:
     host.stay_ahead()
     assert host.spare is not None
     return host.spare
+
+
+def test_a_keeper_that_waits_is_no_part_of_the_fleet(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else `recovery down --keep-models` would end it with the worker, and the worker's successor would find two of itself."""
+    monkeypatch.setenv(parts.MARKER, f"{tmp_path}:host")
+    ahead(host)
+    host.up(SLEEP)
+    assert parts.find(tmp_path) == ()
 
 
 def test_the_keeper_that_waits_takes_the_next_run_and_is_replaced(host: Host) -> None:
