@@ -73,6 +73,8 @@ class HostContext:
     # --- rows and records ----------------------------------------------------------------------------------------
 
     def apply(self, instance_id: str, decide: Callable[[Instance, float], Decision | None], *, send: bool = True) -> Decision | None:
+        """Commit what `decide` says of the row, and send what becomes due unless told not to; None: nothing was decided."""
+
         def caught_up(row: Instance, now: float) -> Decision | None:
             """Redis may have lost its last second: a row that is behind what this host has seen is not decided about as it is."""
             behind = row.token < self.met.get(instance_id, 0)
@@ -82,6 +84,7 @@ class HostContext:
         return decision if isinstance(decision, Decision) else None
 
     def write(self, instance_id: str, record: HostRecord) -> None:
+        """Put the host's own record on disk; `DiskError` when it cannot be."""
         self.host.write_record(instance_id, record)
         self.met[instance_id] = max(record.token, self.met.get(instance_id, 0))
 
@@ -101,10 +104,12 @@ class HostContext:
         self.apply(instance_id, decide)
 
     def forget(self, row: Instance) -> None:
+        """Delete a row that is at rest and has left the fleet; its token stays on disk."""
         self.write(row.id, joining.forgotten(self.host.read_record(row.id)))
         self.store.delete(row.id)
 
     def lives(self, instance_id: str, token: int) -> None:
+        """A run's server lives: have its keeper watched."""
         self.alive[instance_id] = token
         self._on_run(instance_id)
 
@@ -113,6 +118,7 @@ class HostContext:
         return self.met.get(row.id, -1) in range(row.token + 1) and self.alive.get(row.id) == row.run
 
     def places(self, fleet: Fleet) -> Mapping[str, Place]:
+        """Every instance of the file, by id."""
         if self._planned[0] is not fleet:
             specs = fleet.models
             digests = {model: digest(spec) for model, spec in specs.items()}
@@ -122,6 +128,7 @@ class HostContext:
         return self._planned[1]
 
     def spec_of(self, row: Instance) -> tuple[Fleet, InstancePlan, ModelSpec] | None:
+        """What the file says of a row; None when it says nothing, or that the row belongs to another host."""
         fleet = self.fleet()
         spec = fleet.models.get(row.model)
         if spec is None:
