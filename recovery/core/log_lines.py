@@ -75,6 +75,8 @@ _NATIVE: Final = re.compile(
       | Fatal\ Python\ error | \*\*\*\ SIG[A-Z]+ | !+\ Segfault | Segmentation\ fault | Killed$ | Aborted | Bus\ error""",
     re.VERBOSE,
 )
+_NATIVE_BELOW_ERROR: Final = re.compile(r"\[?[WI]\d{4} \d\d:|\[[WI] ")
+"""A warning of torch's native code. It may stand in the middle of a traceback, and is no part of it."""
 _NOT_AN_EVENT: Final = re.compile(r"Dumping |Error with model|Error in preprocessing prompt|Error while (?:processing|validating) request")
 """Records of level ERROR about a request, or that print what was in flight: their text is the client's."""
 
@@ -126,6 +128,8 @@ def read(lines: Iterable[str]) -> Iterator[Line]:
         source, text = unprefixed(raw)
         record = _RECORD.match(text)
         if record is None:
+            if _NATIVE_BELOW_ERROR.match(text):
+                continue
             if source in open_:
                 yield from _in_traceback(open_, source, text, raw)
             elif text.startswith("Traceback (most recent call last)"):

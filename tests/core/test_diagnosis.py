@@ -264,6 +264,17 @@ def test_source_lines_of_a_traceback_are_no_events_and_its_message_is():
     assert [line.text for line in read(lines)] == [lines[3], lines[4].strip()]
 
 
+def test_a_native_warning_after_an_exception_is_no_part_of_it():
+    log = (
+        "Traceback (most recent call last):",
+        '  File "/venv/lib/core.py", line 1, in run',
+        "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}",
+        "[W1124 21:02:16.512303746 ProcessGroupNCCL.cpp:1250] Warning: WARNING: process group has NOT been destroyed",
+    )
+
+    assert diagnose_text(log).cause is Cause.ENGINE_DIED
+
+
 def test_tracebacks_of_two_processes_may_interleave():
     lines = [
         "(Worker_TP0 pid=1) Traceback (most recent call last):",
