@@ -16,7 +16,7 @@ from recovery.adapters.redis_url import RedisUrl
 from recovery.adapters.webhook import HttpWebhook
 from recovery.core.fleet import Fleet
 from recovery.errors import ConfigError
-from recovery.host.context import Clocks
+from recovery.host.context import Clocks, HostContext
 from recovery.host.repairs import Repairs
 from recovery.host.service import HostService
 from recovery.ports import Sender
@@ -62,7 +62,7 @@ def service(wiring: Wiring, sender: Sender) -> Service:
 def host_service(wiring: Wiring, sender: Sender, on_run: Callable[[str], None]) -> HostService:
     """The GPU host's side, with its processes under RECOVERY_HOME."""
     settings, host, kernel = wiring.settings, Processes(wiring.settings.home), KernelLog()
-    return HostService(
+    here = HostContext(
         name=settings.host,
         store=wiring.store,
         sender=sender,
@@ -73,6 +73,7 @@ def host_service(wiring: Wiring, sender: Sender, on_run: Callable[[str], None]) 
         repairs=Repairs(host, Nvml(kernel=kernel), kernel, dict(os.environ), settings.home, wiring.store.load_all),
         on_run=on_run,
     )
+    return HostService(here)
 
 
 class FleetFile:

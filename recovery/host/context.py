@@ -55,7 +55,7 @@ class HostContext:
         clocks: Clocks,
         operator_env: Mapping[str, str],
         repairs: Repairs,
-        on_run: Callable[[str], None],
+        on_run: Callable[[str], None] = lambda _instance: None,
     ) -> None:
         self.name = name
         self.store = store

@@ -5,44 +5,28 @@ Every step runs under the instance's `step.lock` and re-reads row and disk, so a
 no harm.
 """
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
-from recovery.core.fleet import Fleet
 from recovery.errors import UnknownModelError
 from recovery.host.brake import FleetBrake
-from recovery.host.context import Clocks, HostContext
+from recovery.host.context import HostContext
 from recovery.host.ends import Ends
 from recovery.host.health import Health
 from recovery.host.joins import Joins
 from recovery.host.leases import Leases
-from recovery.host.repairs import Repairs
 from recovery.host.starts import Starts
 from recovery.host.steps import Steps
-from recovery.ports import Host, Sender, Store
 
 
 class HostService:
     """One GPU host, for its worker: one method per thing that a task or a thread of it asks for."""
 
-    def __init__(
-        self,
-        name: str,
-        store: Store,
-        sender: Sender,
-        host: Host,
-        fleet: Callable[[], Fleet],
-        clocks: Clocks,
-        operator_env: Mapping[str, str],
-        repairs: Repairs,
-        on_run: Callable[[str], None] = lambda _instance: None,
-    ) -> None:
-        here = HostContext(name, store, sender, host, fleet, clocks, operator_env, repairs, on_run)
+    def __init__(self, here: HostContext) -> None:
         brake = FleetBrake(here)
         ends = Ends(here, brake)
         starts = Starts(here, brake, ends)
         joins = Joins(here, ends)
-        self.name, self.store, self.host, self.fleet, self.repairs = name, store, host, fleet, repairs
+        self.name, self.store, self.host, self.fleet, self.repairs = here.name, here.store, here.host, here.fleet, here.repairs
         self.start = starts.start
         self.step = Steps(here, starts, ends).step
         self.ended = ends.ended

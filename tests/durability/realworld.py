@@ -21,7 +21,7 @@ from recovery.core.instance import Instance
 from recovery.core.looking import Look
 from recovery.core.states import PROBED
 from recovery.errors import RecoveryError
-from recovery.host.context import Clocks
+from recovery.host.context import Clocks, HostContext
 from recovery.host.repairs import Repairs
 from recovery.host.service import HostService
 from recovery.service import Service
@@ -50,7 +50,7 @@ class Rig:
     def new_worker(self) -> HostService:
         """A worker that knows nothing but what Redis and the disk say."""
         host = _Cuttable(self.processes, self)
-        return HostService(
+        here = HostContext(
             name=HOST,
             store=_Cuttable(self.store, self),
             sender=self.bag,
@@ -60,6 +60,7 @@ class Rig:
             operator_env={"PATH": os.environ["PATH"]},
             repairs=Repairs(self.processes, _Cards(), _Cards(), {}, self.processes.disk.home),
         )
+        return HostService(here)
 
     def row(self) -> Instance:
         found = self.store.load(INSTANCE)

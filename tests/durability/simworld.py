@@ -23,7 +23,7 @@ from recovery.core.instance import Desired, Instance
 from recovery.core.looking import Look
 from recovery.core.states import PROBED
 from recovery.errors import DiskError, LeaseHeldError, RecoveryError, SpawnError, StoreUnavailableError
-from recovery.host.context import Clocks
+from recovery.host.context import Clocks, HostContext
 from recovery.host.repairs import Repairs
 from recovery.host.service import HostService
 from recovery.service import Service
@@ -381,7 +381,7 @@ class World:
 
     def _worker(self, host: SimHost) -> HostService:
         self.watched[host.name] = watched = set()
-        return HostService(
+        here = HostContext(
             name=host.name,
             store=Tap(self.store, self, host, remote=True),
             sender=self.bag,
@@ -392,6 +392,7 @@ class World:
             repairs=Repairs(host, _Cards(), _Cards(), {}, Path("/")),
             on_run=lambda instance: watched.add(instance),
         )
+        return HostService(here)
 
     # --- what must never happen ---
 
