@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from recovery.adapters.redis_store import RedisStore
 from recovery.adapters.redis_url import RedisUrl
@@ -17,6 +18,10 @@ from tests.helpers import RedisServer
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # begun in the background: what the tests start shall hear Ctrl-C all the same
+
+settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no clock")
+"""No test fails for the time an example took: machines are slow at times."""
 
 
 @pytest.fixture(scope="session")

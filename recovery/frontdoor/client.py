@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import httptools
 
 from recovery.frontdoor.keys import Account
-from recovery.frontdoor.request import PLAIN, SPECIAL, Body, Refusal, Request, specially
+from recovery.frontdoor.request import Body, Refusal, Request
 from recovery.frontdoor.wire import CONTINUE, LAST_CHUNK, response, status_line
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ class Client(asyncio.Protocol):
     """One connection. Requests are answered one by one, in order; what is pipelined waits, within bounds."""
 
     __slots__ = (
-        "_ahead", "_closing", "_door", "_head_began", "_head_bytes", "_head_fields", "_max_fields", "_max_head_bytes",
-        "_parser", "_pending_head", "_reading", "_refusal", "_request", "_todo", "account", "active", "active_request", "dead",
-        "key_name", "paused", "paused_at", "peer", "raw_answer", "since", "transport",
+        "_ahead", "_closing", "_door", "_head_began", "_head_bytes", "_parser", "_pending_head", "_reading", "_refusal", "_request",
+        "_todo", "account", "active", "active_request", "dead", "key_name", "paused", "paused_at", "peer", "raw_answer", "since",
+        "transport",
     )  # fmt: skip
 
     def __init__(self, door: "Door") -> None:
@@ -42,8 +42,7 @@ class Client(asyncio.Protocol):
         self._ahead = bytearray()
         self._refusal: Refusal | None = None
         self._pending_head = b""
-        self._head_bytes = self._head_fields = 0
-        self._max_head_bytes, self._max_fields = door.settings.max_header_bytes, door.settings.max_headers
+        self._head_bytes = 0
         self._closing = self.dead = self.paused = self.raw_answer = False
         self._reading = True
         self.active: Served | None = None
@@ -119,8 +118,9 @@ class Client(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._request = Request()
-        self._head_began = self._door.now()
-        self._head_bytes = self._head_fields = 0
+        if not self._head_began:
+            self._head_began = self._door.now()
+        self._head_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         request = self._request
@@ -132,31 +132,21 @@ class Client(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         request = self._request
         assert request is not None
-        self._head_fields += 1
-        self._head_bytes += len(name) + len(value) + 4
-        if self._head_bytes > self._max_head_bytes or self._head_fields > self._max_fields:
-            self._reject(431, "request headers too large")
-        if request.headed:  # a trailer: no use for any
-            return
-        special = SPECIAL.get(name)
-        if special is None:
-            special = specially(name)
-        if special is PLAIN:
-            request.lines.append(b"%b: %b\r\n" % (name, value))
-            return
-        refusal = request.take(special, value)
-        if refusal is not None:
-            self._raise(refusal)
+        if not request.headed:  # else it is a trailer: no use for any
+            request.fields.append((name, value))
 
     def on_headers_complete(self) -> None:
         request = self._request
         assert request is not None
         self._head_began = 0.0
         self.since = self._door.now()
-        request.method = self._parser.get_method()
-        parser = self._parser
-        refusal = request.complete_head(parser.get_http_version(), parser.should_upgrade(), parser.should_keep_alive())
-        refusal = refusal or self._door.admit_head(self, request)
+        parser, settings = self._parser, self._door.settings
+        request.method = parser.get_method()
+        refusal = (
+            request.take_fields(settings.max_headers, settings.max_header_bytes)
+            or request.complete_head(parser.get_http_version(), parser.should_upgrade(), parser.should_keep_alive())
+            or self._door.admit_head(self, request)
+        )
         if refusal is not None:
             self._raise(refusal)
         if request.expects and self.active is None and not self._todo:
@@ -171,24 +161,25 @@ class Client(asyncio.Protocol):
             request.sink.body_data(data)
             return
         request.parts.append(data)
-        refusal = self._door.admit_body(self, request)
-        if refusal is not None:
-            self._raise(refusal)
+        if request.upload or request.chunked:
+            refusal = self._door.admit_body(self, request)
+            if refusal is not None:
+                self._raise(refusal)
 
     def on_message_complete(self) -> None:
         request = self._request
         assert request is not None
         self._request = None
-        self.since = self._door.now()
         request.whole = True
         if request.sink is not None:
             request.sink.body_ends()
             return
         request.body = b"".join(request.parts)
         request.parts = []
-        self._todo.append(request)
-        if self.active is None:
-            self._next()
+        if self.active is None and not self._todo:
+            self._serve(request)
+        else:
+            self._todo.append(request)
 
     def _reject(self, status: int, message: str) -> None:
         self._raise(Refusal(status, message))
@@ -249,12 +240,12 @@ class Client(asyncio.Protocol):
         """Note who answers the request."""
         self.active = served
 
-    def reply(self, status: int, lines: list[bytes], body: bytes) -> None:
+    def reply(self, status: int, lines: bytes, body: bytes) -> None:
         """Send a whole answer."""
-        end = (b"content-length: %d\r\n" % len(body), CLOSE if self._must_close() else b"", b"\r\n", body)
-        self._write(b"".join((status_line(status), *lines, *end)))
+        close = CLOSE if self._must_close() else b""
+        self._write(b"%b%bcontent-length: %d\r\n%b\r\n%b" % (status_line(status), lines, len(body), close, body))
 
-    def begin(self, status: int, lines: list[bytes]) -> None:
+    def begin(self, status: int, lines: bytes) -> None:
         """Begin an answer whose length is unknown; the head goes out with the first bytes."""
         request = self.active_request
         self.raw_answer = request is not None and request.http10
@@ -262,17 +253,14 @@ class Client(asyncio.Protocol):
             assert request is not None
             request.close = True
         framing = b"" if self.raw_answer else b"transfer-encoding: chunked\r\n"
-        self._pending_head = b"".join((status_line(status), *lines, framing, CLOSE if self._must_close() else b"", b"\r\n"))
+        self._pending_head = b"".join((status_line(status), lines, framing, CLOSE if self._must_close() else b"", b"\r\n"))
 
     def send(self, data: bytes) -> None:
         """Send bytes of such an answer; empty ones only send the head."""
         head, self._pending_head = self._pending_head, b""
-        if not data:
-            self._write(head)
-        elif self.raw_answer:
-            self._write(head + data)
-        else:
-            self._write(b"%b%x\r\n%b\r\n" % (head, len(data), data))
+        framed = b"%b%x\r\n%b\r\n" % (head, len(data), data) if data and not self.raw_answer else head + data
+        if framed and not self.dead:
+            self.transport.write(framed)
 
     def end(self) -> None:
         """End such an answer."""
@@ -311,6 +299,7 @@ class Client(asyncio.Protocol):
         close = self._must_close()
         self._write(response(status, body, headers=b"".join(lines), close=close, head=head))
         self.active_request = None
+        self.since = self._door.now()
         if close or (request is not None and not request.whole):
             self._linger()
 

@@ -17,7 +17,7 @@ def refuse(x: "Exchange", reason: str, message: str, hopeless: bool = False) -> 
     """Answer 503, with the time after which it is worth coming back if anybody knows it."""
     x.pool.meter.refused[reason] += 1
     retry_s = None if hopeless else x.pool.retry_after_s()
-    lines = [] if retry_s is None else [b"retry-after: %d\r\n" % retry_s]
+    lines = b"" if retry_s is None else b"retry-after: %d\r\n" % retry_s
     end_with_error(x, 503, error_body(503, message, code=reason), lines)
 
 
@@ -27,8 +27,8 @@ def give_up(x: "Exchange") -> None:
         cut(x, "attempts")
     elif x.answer is not None:
         status, lines, body = x.answer
-        if status == 503 and not any(line.startswith(b"retry-after:") for line in lines):
-            lines = [*lines, b"retry-after: 1\r\n"]
+        if status == 503 and b"\r\nretry-after:" not in b"\r\n" + lines:
+            lines += b"retry-after: 1\r\n"
         x.deliver((status, lines, body))
     else:
         end_with_error(x, 502, error_body(502, "every replica failed"))
@@ -39,7 +39,7 @@ def refuse_poison(x: "Exchange") -> None:
     seen, now = mark(x), x.door.now()
     x.door.poison.note(seen, frozenset(x.crashes), now)
     x.pool.meter.poisoned += 1
-    runs = sorted(f"{instance}:{run}" for instance, run in x.crashes)
+    runs = sorted(f"{instance}:{run or ''}#{life}" for instance, run, life in x.crashes)
     x.door.reports.happened(Happened("poison", x.pool.name, data={"request": seen.hex(), "runs": runs}))
     message = "this request was in flight when two servers crashed, so it is not sent to a third"
     end_with_error(x, 422, error_body(422, message, code="poison_request"))
@@ -52,7 +52,7 @@ def cut(x: "Exchange", reason: str) -> None:
     end_with_error(x, 502, error_body(502, message, code=f"stream_cut_{reason}"))
 
 
-def end_with_error(x: "Exchange", status: int, body: bytes, lines: list[bytes] | None = None) -> None:
+def end_with_error(x: "Exchange", status: int, body: bytes, lines: bytes = b"") -> None:
     """End the answer with an error: as a status while the head is still here, as an event after it."""
     x.status = status
     if x.committed:
@@ -60,8 +60,7 @@ def end_with_error(x: "Exchange", status: int, body: bytes, lines: list[bytes] |
         x.client.send(error_event(status, str(error.get("message", "failed")), error.get("code")))
         x.client.end()
     else:
-        kind = b"content-type: application/json\r\n"
-        x.client.reply(status, [kind, *(lines or ()), *x.own_lines()], body)
+        x.client.reply(status, b"content-type: application/json\r\n" + lines + x.own_lines(), body)
     x.finish(answered=False)
 
 
@@ -72,7 +71,7 @@ def end_for_shutdown(x: "Exchange") -> None:
     if connection is not None:
         connection.abort()
     x.pool.held.remove(x)
-    end_with_error(x, 503, error_body(503, "the front door is shutting down"), [b"retry-after: 1\r\n"])
+    end_with_error(x, 503, error_body(503, "the front door is shutting down"), b"retry-after: 1\r\n")
 
 
 def mark(x: "Exchange") -> bytes:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from recovery.frontdoor.door import Door
     from recovery.frontdoor.request import Request
 
-Answer = tuple[int, list[bytes], bytes]
+Answer = tuple[int, bytes, bytes]
+"""Status, header lines, body."""
 FLOWING = (b"audio/", b"video/", b"application/octet-stream", b"application/x-ndjson")
 """Kinds of answers that are passed on as they come: nobody wants to wait for their end."""
 
@@ -52,7 +53,7 @@ class Exchange:
         self.endpoint: Endpoint | None = None
         self.connection: Upstream | None = None
         self.answer: Answer | None = None
-        self.run: RunKey = ("", "")
+        self.run: RunKey = ("", None, 0)
         self.visited: dict[Endpoint, tuple[int, float]] = {}
         self.crashes: set[RunKey] = set()
         self.pending: set[RunKey] = set()
@@ -72,10 +73,10 @@ class Exchange:
         door = self.door
         door.live.add(self)
         door.budget.request()
-        if len(door.poison):
+        if door.poison.known:
             self.crashes |= door.poison.crashes(endings.mark(self), door.now())
         self.plan()
-        self.attempt()
+        sending.attempt(self)
 
     def plan(self) -> None:
         """Ask for token ids where a continuation may need them, and name the model as its servers do."""
@@ -104,9 +105,10 @@ class Exchange:
         """Send the request's bytes."""
         request, attempts = self.request, self.attempts
         request_id = request.request_id if attempts == 1 else b"%b-%d" % (request.request_id, attempts)
-        start = (request.method, b" ", endpoint.prefix, self.path, b" HTTP/1.1\r\n", *request.lines)
-        end = (b"x-request-id: ", request_id, b"\r\n", endpoint.head, b"content-length: %d\r\n\r\n" % len(self.payload), self.payload)
-        connection.write(b"".join((*start, *end)))
+        connection.transport.write(
+            b"%b %b%b HTTP/1.1\r\n%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n%b"
+            % (request.method, endpoint.prefix, self.path, request.lines, request_id, endpoint.head, len(self.payload), self.payload)
+        )
 
     def leave(self) -> Endpoint | None:
         """Stop being at a replica."""
@@ -139,10 +141,7 @@ class Exchange:
         return RecordingRelay(self, limit, record)
 
     def answer_data(self, data: bytes) -> None:
-        """Bytes of the answer's body."""
-        if self.relay is not None:
-            self.relay.feed(data)
-            return
+        """Bytes of the answer's body, unless they are for the relay."""
         self.parts.append(data)
         self.kept += len(data)
         if self.flowing or self.kept > self.door.settings.max_answer_bytes:
@@ -181,7 +180,7 @@ class Exchange:
             return
         if status < 500:
             self.first_at = self.first_at or perf_counter()
-        self.client.reply(status, [*lines, *self.own_lines()], body)
+        self.client.reply(status, lines + self.own_lines(), body)
         self.finish(answered=status < 500)
 
     def pass_on(self, data: bytes) -> None:
@@ -196,7 +195,7 @@ class Exchange:
                 endpoint.meter.ttft.observe(now - self.request.began)
             if not self.committed and connection is not None:
                 self.committed = True
-                client.begin(connection.status, [*connection.lines, *self.own_lines()])
+                client.begin(connection.status, connection.lines + self.own_lines())
         client.send(data)
         if client.paused and self.connection is not None:
             self.connection.transport.pause_reading()
@@ -204,11 +203,11 @@ class Exchange:
     def event_seen(self) -> None:
         """One event with content is about to be passed on."""
         now = perf_counter()
-        endpoint = self.endpoint
-        if endpoint is not None:
-            endpoint.meter.tokens += 1
+        if self.endpoint is not None:
+            meter = self.endpoint.meter
+            meter.tokens += 1
             if self.tokens:
-                endpoint.meter.inter_token.observe(now - self.last_at)
+                meter.inter_token.observe(now - self.last_at)
         self.tokens += 1
         self.last_at = now
         self.stalled = False
@@ -219,7 +218,7 @@ class Exchange:
             self.pass_on(last)
         if not self.committed and self.connection is not None:
             self.committed = True
-            self.client.begin(self.connection.status, [*self.connection.lines, *self.own_lines()])
+            self.client.begin(self.connection.status, self.connection.lines + self.own_lines())
         self.status = self.status or 200
         self.success(self.connection)
         self.client.end()
@@ -237,10 +236,10 @@ class Exchange:
             else:
                 connection.abort()
 
-    def own_lines(self) -> list[bytes]:
-        lines = [b"x-request-id: %b\r\n" % self.request.request_id]
+    def own_lines(self) -> bytes:
+        lines = b"x-request-id: %b\r\n" % self.request.request_id
         if self.fallbacks:
-            lines.append(b"x-recovery-fallback: %b\r\n" % self.pool.name.encode("latin-1", "replace"))
+            lines += b"x-recovery-fallback: %b\r\n" % self.pool.name.encode("latin-1", "replace")
         return lines
 
     # --- failures ---
@@ -328,7 +327,7 @@ class Exchange:
         self.relay = None  # it holds us
         door = self.door
         door.live.discard(self)
-        if answered and (self.crashes or len(door.poison)):
+        if answered and (self.crashes or door.poison.known):
             door.poison.acquit(endings.mark(self))
         elif self.status == 502 and self.crashes:
             door.poison.note(endings.mark(self), frozenset(self.crashes), door.now())

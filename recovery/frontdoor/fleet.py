@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 ON_PURPOSE = LEAVING - {"failed"}
 """States that a run ends in because somebody ended it."""
-RunKey = tuple[str, str]
-"""Instance and life: the run's token, counted on by the door where nobody tells it one."""
+RunKey = tuple[str, str | None, int]
+"""Instance and life: the run's token, and how often the door itself saw it begin anew."""
 
 
 class Endpoint:
@@ -56,7 +56,7 @@ class Endpoint:
     @property
     def run_key(self) -> RunKey:
         """The life the replica leads now."""
-        return (self.spec.instance, f"{self.spec.run or ''}#{self.epoch}")
+        return (self.spec.instance, self.spec.run, self.epoch)
 
     def restate(self, spec: Replica) -> bool:
         """Take what the view says now; True when this is another life of the replica (so the last one has ended)."""

@@ -23,27 +23,24 @@ class Poison:
 
     def __init__(self, ttl_s: float) -> None:
         self._ttl_s = ttl_s
-        self._crashes: OrderedDict[bytes, tuple[float, frozenset[RunKey]]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._crashes)
+        self.known: OrderedDict[bytes, tuple[float, frozenset[RunKey]]] = OrderedDict()
+        """By the request's mark: when it was noted last, and the crashes."""
 
     def crashes(self, mark: bytes, now: float) -> frozenset[RunKey]:
         """The crashes that requests like this one were in flight at without ever being answered."""
-        at, runs = self._crashes.get(mark, (0.0, frozenset()))
+        at, runs = self.known.get(mark, (0.0, frozenset()))
         if runs and now - at > self._ttl_s:
-            del self._crashes[mark]
+            del self.known[mark]
             return frozenset()
         return runs
 
     def note(self, mark: bytes, runs: frozenset[RunKey], now: float) -> None:
         """Remember crashes of a request that ended without an answer."""
-        known = self.crashes(mark, now)
-        self._crashes[mark] = (now, known | runs)
-        self._crashes.move_to_end(mark)
-        while len(self._crashes) > MAX_ENTRIES:
-            self._crashes.popitem(last=False)
+        self.known[mark] = (now, self.crashes(mark, now) | runs)
+        self.known.move_to_end(mark)
+        while len(self.known) > MAX_ENTRIES:
+            self.known.popitem(last=False)
 
     def acquit(self, mark: bytes) -> None:
         """Forget: a request like this one was answered."""
-        self._crashes.pop(mark, None)
+        self.known.pop(mark, None)

@@ -19,12 +19,12 @@ class Record:
     """
 
     __slots__ = (
-        "_exact", "_limit", "base", "body", "clean", "count", "created", "events", "id", "ids", "kind", "merged", "model",
+        "_exact", "_limit", "_room", "base", "body", "clean", "count", "created", "events", "id", "ids", "kind", "merged", "model",
         "prompt", "scanner", "text", "trouble", "unsent", "wants_ids",
     )  # fmt: skip
 
     def __init__(self, kind: Kind, body: Body, limit: int, reasoning: bool) -> None:
-        self.kind, self.body, self._limit = kind, body, limit
+        self.kind, self.body, self._limit, self._room = kind, body, limit, limit
         self.wants_ids = bool(body.get("return_token_ids"))
         self.trouble = "reasoning" if reasoning else why_not(body)
         self.prompt: array[int] | None = None
@@ -64,6 +64,7 @@ class Record:
         self.id, self.created, self.model = event.get("id"), event.get("created"), event.get("model")
         if prompt is not None:
             self.prompt = array("I", prompt)
+            self._room = self._limit - len(prompt)
 
     def note(self, ids: list[int] | None, text: str) -> None:
         """Note one event's ids and the text passed on with them."""
@@ -81,7 +82,7 @@ class Record:
                 self.text.clear()
             else:
                 self.text += text.encode("utf-8", "surrogatepass")
-        if self.size > self._limit or len(self.text) > 16 * self._limit:
+        if len(self.ids) > self._room or len(self.text) > 16 * self._limit:
             self.forget("too_long")
 
     def watch_delta(self, delta: dict[str, Any]) -> bool:

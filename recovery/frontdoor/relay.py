@@ -33,6 +33,10 @@ class Relay:
     def feed(self, data: bytes) -> None:
         """Take bytes of the body."""
         tail = self._tail
+        if 0 < data.find(b"\n\n") == len(data) - 2 and not tail and b"\r" not in data:
+            if not self.over:  # one whole event, as nearly every read brings
+                self._event(data[:-2])
+            return
         if tail or b"\r" in data:
             start = max(0, len(tail) - 1)
             tail += data
@@ -98,10 +102,13 @@ class AnswerRelay(Relay):
         """Events without content (a role, ids of a character that is still pending): they go with the next that has some."""
 
     def _event(self, event: bytes) -> None:
-        if not event.startswith(b"data:"):
+        if event.startswith(b"data: "):
+            payload = event[6:]
+        elif event.startswith(b"data:"):
+            payload = event[5:]
+        else:
             self.out.append(event + b"\n\n")
             return
-        payload = event[6:] if event[5:6] == b" " else event[5:]
         if payload == b"[DONE]":
             self._done = True
             return
@@ -187,8 +194,10 @@ class RecordingRelay(AnswerRelay):
         if not record.wants_ids:
             holder.pop("prompt_token_ids", None)
             choice.pop("token_ids", None)
-            event = b"data: " + orjson.dumps(answer)
-        self._pass(event + b"\n\n", carries or choice.get("finish_reason") is not None)
+            event = b"data: %b\n\n" % orjson.dumps(answer)
+        else:
+            event += b"\n\n"
+        self._pass(event, carries or choice.get("finish_reason") is not None)
 
 
 class ContinuedRelay(AnswerRelay):

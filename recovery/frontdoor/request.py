@@ -5,8 +5,8 @@ from typing import Protocol
 
 from recovery.frontdoor.wire import HOP_BY_HOP, error_body
 
-DROPPED = HOP_BY_HOP | {b"host", b"content-length", b"authorization", b"accept-encoding", b"x-request-id", b"expect"}
-"""Fields of a request that are not passed on as they are. Compressed answers could not be read here."""
+DROPPED = HOP_BY_HOP | {b"host", b"content-length", b"content-type", b"authorization", b"accept-encoding", b"x-request-id", b"expect"}
+"""Fields of a request that are not passed on as they came. Compressed answers could not be read here."""
 
 PLAIN = b""
 SPECIAL: dict[bytes, bytes] = {}
@@ -16,7 +16,7 @@ SPECIAL: dict[bytes, bytes] = {}
 def specially(name: bytes) -> bytes:
     """Sort a field name in; remembered, for clients write the same few names again and again."""
     lower = name.lower()
-    special = lower if lower in DROPPED or lower == b"content-type" else PLAIN
+    special = lower if lower in DROPPED else PLAIN
     if len(SPECIAL) < 1000:
         SPECIAL[name] = special
     return special
@@ -43,15 +43,18 @@ class Request:
     """One request as far as it has been read."""
 
     __slots__ = (
-        "authorization", "began", "body", "chunked", "close", "expects", "headed", "host", "http10", "length", "lines", "media", "method",
-        "named", "parts", "path", "query", "received", "request_id", "sink", "target", "upload", "whole",
+        "authorization", "began", "body", "chunked", "close", "expects", "fields", "headed", "host", "http10", "length", "lines", "media",
+        "method", "named", "parts", "path", "query", "received", "request_id", "sink", "target", "upload", "whole",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.began = perf_counter()
         self.method = self.target = self.path = self.query = self.media = self.request_id = self.body = b""
         self.authorization: bytes | None = None
-        self.lines: list[bytes] = []
+        self.fields: list[tuple[bytes, bytes]] = []
+        """As they came, until the head is whole."""
+        self.lines = b""
+        """Those that are passed on."""
         self.named: list[bytes] = []
         """Fields that the Connection header names: hop-by-hop too."""
         self.parts: list[bytes] = []
@@ -60,19 +63,46 @@ class Request:
         self.chunked = self.close = self.expects = self.headed = self.http10 = self.upload = self.whole = False
         self.sink: Body | None = None
 
-    def take(self, name: bytes, value: bytes) -> Refusal | None:
-        """Note a header field that the door has to look at (`name` in lower case)."""
+    def take_fields(self, max_fields: int, max_bytes: int) -> Refusal | None:
+        """Sort the header fields into those that are passed on and those that the door looks at."""
+        fields, self.fields = self.fields, []
+        lines: list[bytes] = []
+        size = 0
+        for name, value in fields:
+            special = SPECIAL.get(name)
+            if special is None:
+                special = specially(name)
+            if special is PLAIN:
+                lines += (name, b": ", value, b"\r\n")
+                continue
+            size += len(name) + len(value)
+            if special == b"content-length":
+                if not value.isdigit() or len(value) > 18 or self.length >= 0:
+                    return Refusal(400, "malformed Content-Length")
+                self.length = int(value)
+            elif special == b"host":
+                self.host += 1
+            elif special == b"authorization":
+                self.authorization = value
+            else:
+                refusal = self._take(special, value)
+                if refusal is not None:
+                    return refusal
+        if self.media:
+            lines += (b"content-type: ", self.media, b"\r\n")
+        if self.named and not {b"keep-alive", b"close"}.issuperset(self.named):
+            lines = [b"%b: %b\r\n" % field for field in fields if self._passed_on(field[0].lower())]
+        self.lines = b"".join(lines)
+        if size + len(self.lines) > max_bytes or len(fields) > max_fields:
+            return Refusal(431, "request headers too large")
+        return None
+
+    def _passed_on(self, name: bytes) -> bool:
+        return name not in self.named and (name not in DROPPED or name == b"content-type")
+
+    def _take(self, name: bytes, value: bytes) -> Refusal | None:
         if name == b"content-type":
             self.media = value
-            self.lines.append(b"content-type: %b\r\n" % value)
-        elif name == b"host":
-            self.host += 1
-        elif name == b"content-length":
-            if not value.isdigit() or len(value) > 18 or self.length >= 0:
-                return Refusal(400, "malformed Content-Length")
-            self.length = int(value)
-        elif name == b"authorization":
-            self.authorization = value
         elif name == b"x-request-id":
             self.request_id = value[:128]
         elif name == b"connection":
@@ -99,8 +129,6 @@ class Request:
             return Refusal(400, "Content-Length and Transfer-Encoding contradict each other")
         if self.host != 1 and not (self.http10 and self.host == 0):
             return Refusal(400, "exactly one Host is needed")
-        if self.named and not {b"keep-alive", b"close"}.issuperset(self.named):
-            self.lines = [line for line in self.lines if line.split(b":", 1)[0].lower() not in self.named]
         self.close = not keep_alive
         return self._split_target()
 

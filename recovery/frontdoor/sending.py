@@ -19,13 +19,14 @@ def attempt(x: "Exchange") -> None:
     if x.over:
         return
     door = x.door
-    if len(x.crashes) >= 2:
-        endings.refuse_poison(x)
-        return
     now = door.now()
-    if len(x.crashes) + len(x.pending) >= 2:
-        waiting.hold(x, now)  # whether the last one was a crash is known in a moment
-        return
+    if x.crashes or x.pending:
+        if len(x.crashes) >= 2:
+            endings.refuse_poison(x)
+            return
+        if len(x.crashes) + len(x.pending) >= 2:
+            waiting.hold(x, now)  # whether the last one was a crash is known in a moment
+            return
     endpoint = x.pool.choose(now, x.visited)
     if endpoint is None:
         waiting.nobody(x, now)

@@ -47,7 +47,7 @@ def failed(x: "Exchange", failure: Failure, why: str, answer_body: bytes | None 
     elif endpoint.breaker is not breakers.CLOSED:
         endpoint.breaker = breakers.abandoned(endpoint.breaker)
     if answer_body is not None:
-        answer = (500, [b"content-type: application/json\r\n"], answer_body)
+        answer = (500, b"content-type: application/json\r\n", answer_body)
     x.answer = answer or x.answer
     x.pool.meter.retried[failure] += 1
     x.relay, x.parts, x.kept, x.ended = None, [], 0, False

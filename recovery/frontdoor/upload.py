@@ -93,7 +93,7 @@ class Upload(Exchange):
         framing = (
             b"transfer-encoding: chunked\r\n\r\n" if request.chunked else b"content-length: %d\r\n\r\n" % (request.length + self._longer)
         )
-        start = (request.method, b" ", endpoint.prefix, self.path, b" HTTP/1.1\r\n", *request.lines)
+        start = (request.method, b" ", endpoint.prefix, self.path, b" HTTP/1.1\r\n", request.lines)
         parts = [self._framed(part) for part in self._waiting]
         connection.write(b"".join((*start, b"x-request-id: ", request.request_id, b"\r\n", endpoint.head, framing, *parts)))
         if request.whole and request.chunked:

@@ -15,15 +15,12 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_IDLE = 512
 
 
-_SPECIAL = HOP_BY_HOP | {b"content-type", b"content-length", b"x-request-id"}
-
-
 class Upstream(asyncio.Protocol):
     """A connection to a replica: carries one request at a time, then waits in the replica's `idle` list."""
 
     __slots__ = (
-        "_head_bytes", "_loop", "_parser", "answered", "dead", "endpoint", "event_stream", "exchange", "framed", "idle_since",
-        "keep", "length", "lines", "media", "reused", "status", "transport", "writing_paused",
+        "_fields", "_head_bytes", "_loop", "_parser", "answered", "dead", "endpoint", "event_stream", "exchange", "framed",
+        "idle_since", "keep", "lines", "media", "reused", "status", "transport", "writing_paused",
     )  # fmt: skip
 
     def __init__(self, endpoint: "Endpoint", loop: asyncio.AbstractEventLoop) -> None:
@@ -47,8 +44,8 @@ class Upstream(asyncio.Protocol):
         self.transport.write(data)
 
     def _fresh_head(self) -> None:
-        self.lines: list[bytes] = []
-        self.media, self.length = b"", -1
+        self._fields: list[tuple[bytes, bytes]] = []
+        self.lines = self.media = b""
         self.framed = self.event_stream = False
         self.keep = True
         self.status = self._head_bytes = 0
@@ -63,43 +60,55 @@ class Upstream(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            if self.exchange is not None:
-                self.exchange.upstream_broke(self, f"malformed answer: {error}")
-            self.abort()
+            self._give_up(f"malformed answer: {error}")
         else:
             if exchange.relay is not None and self.exchange is exchange:
                 exchange.relay.flush()
+            elif self.status == 0:
+                self._head_bytes += len(data)
+                if self._head_bytes > MAX_HEAD_BYTES:
+                    self._give_up("answer's head too large")
+
+    def _give_up(self, why: str) -> None:
+        if self.exchange is not None:
+            self.exchange.upstream_broke(self, why)
+        self.abort()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._head_bytes += len(name) + len(value)
-        if self._head_bytes > MAX_HEAD_BYTES:
-            raise ValueError("answer's head too large")
-        lower = name.lower()
-        if lower in _SPECIAL:
-            self._special_header(lower, value)
-        else:
-            self.lines.append(b"%b: %b\r\n" % (lower, value))
+        self._fields.append((name, value))
 
-    def _special_header(self, name: bytes, value: bytes) -> None:
-        if name == b"content-type":
-            self.media = value
-            self.event_stream = b"text/event-stream" in value
-            self.lines.append(b"content-type: %b\r\n" % value)
-        elif name == b"content-length":
-            self.framed, self.length = True, int(value)
-        elif name == b"transfer-encoding":
-            self.framed = True
-        elif name == b"connection":
-            self.keep = b"close" not in value.lower()
+    def _take_fields(self) -> None:
+        lines: list[bytes] = []
+        for name, value in self._fields:
+            lower = name.lower()
+            if lower == b"content-length":
+                self.framed = True
+            elif lower in HOP_BY_HOP:
+                if lower == b"transfer-encoding":
+                    self.framed = True
+                elif lower == b"connection":
+                    self.keep = b"close" not in value.lower()
+            elif lower != b"x-request-id":
+                lines += (lower, b": ", value, b"\r\n")
+                if lower == b"content-type":
+                    self.media = value
+                    self.event_stream = b"text/event-stream" in value
+        self.lines = b"".join(lines)
 
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
+        self._take_fields()
         if self.exchange is not None and self.status >= 200:
             self.exchange.answer_begins(self)
 
     def on_body(self, data: bytes) -> None:
-        if self.exchange is not None:
-            self.exchange.answer_data(data)
+        exchange = self.exchange
+        if exchange is None:
+            return
+        if exchange.relay is not None:
+            exchange.relay.feed(data)
+        else:
+            exchange.answer_data(data)
 
     def on_message_complete(self) -> None:
         if self.status < 200:  # 100 Continue and the like: the answer follows

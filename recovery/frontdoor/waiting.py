@@ -10,7 +10,7 @@ from recovery.frontdoor.reports import Happened
 if TYPE_CHECKING:
     from recovery.frontdoor.exchange import Exchange
 
-SSE_LINES = (b"content-type: text/event-stream; charset=utf-8\r\n",)
+SSE_LINES = b"content-type: text/event-stream; charset=utf-8\r\n"
 
 
 def nobody(x: "Exchange", now: float) -> None:
@@ -78,7 +78,7 @@ def comment(x: "Exchange") -> None:
     """Tell a waiting stream's client that it is still being served. Commits the 200."""
     if not x.committed:
         x.committed = True
-        x.client.begin(200, [*SSE_LINES, *x.own_lines()])
+        x.client.begin(200, SSE_LINES + x.own_lines())
     x.client.send(b": waiting for a replica\n\n")
 
 

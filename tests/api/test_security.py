@@ -232,7 +232,7 @@ def test_a_large_body_is_refused_unread_with_and_without_its_length(api: Api, fl
     assert worker.sent == []
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(header=st.binary(min_size=0, max_size=300).filter(lambda text: b"\n" not in text and b"\r" not in text and b"\0" not in text))
 def test_fuzzed_authorization_headers_are_refused(guarded: Api, header: bytes):
     connection = http.client.HTTPConnection("127.0.0.1", int(guarded.url.rsplit(":", 1)[1]), timeout=60)

@@ -120,7 +120,7 @@ class Walker:
 
 
 @pytest.mark.timeout(600)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(walk=walks)
 def test_both_stores_answer_alike(redis_server: RedisServer, walk: list[dict[str, Any]]) -> None:
     real = RedisStore(redis_server.url, f"same-{uuid.uuid4().hex[:8]}", **LIMITS)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recovery.core.causes import Cause
@@ -106,14 +106,14 @@ PLAIN_LINES = [line for line in ORDINARY_LINES if not list(read([line])) and not
 """Ordinary lines that are no mark of the server's life, and that mean the same wherever they stand."""
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 @given(st.lists(st.sampled_from(PLAIN_LINES), max_size=60))
 def test_ordinary_lines_in_any_order_never_make_a_cause(lines):
     assert diagnose_text(lines) == Diagnosis()
     assert not has_cuda_oom(lines)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 @given(st.sampled_from(FAILURES), st.lists(st.sampled_from(PLAIN_LINES), max_size=30), st.data())
 def test_ordinary_lines_around_and_between_never_change_a_cause(path, noise, data):
     """Between the records of a failure; a traceback without prefixes is one piece of text, and is left so."""
@@ -125,7 +125,7 @@ def test_ordinary_lines_around_and_between_never_change_a_cause(path, noise, dat
     assert diagnose(evidence(facts, mixed)).cause == diagnose(evidence(facts, log)).cause
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(max_size=400), st.sampled_from(["INFO", "DEBUG", "WARNING"]))
 def test_no_text_of_a_record_below_error_is_an_error(text, level):
     line = f"(APIServer pid=7) {level} 11-24 21:03:47 [request_logger.py:55] Request cmpl-1 details: prompt: {text!r}"

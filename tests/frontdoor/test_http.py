@@ -1,7 +1,9 @@
 """HTTP/1.1 taken strictly: hostile and malformed input costs a 4xx and a connection, never the door, never a second request."""
 
+import contextlib
 import json
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,6 +95,8 @@ REFUSED = {
     "nothing but zeros": (400, bytes(4096)),
     "long URL": (414, b"GET /v1/" + b"a" * 4096 + b" HTTP/1.1\r\nHost: x\r\n\r\n"),
     "many headers": (431, b"GET /v1/models HTTP/1.1\r\nHost: x\r\n" + b"".join(b"x-%d: y\r\n" % i for i in range(200)) + b"\r\n"),
+    "large key": (431, LINE + b"Authorization: Bearer " + b"y" * 20_000 + b"\r\n\r\n"),
+    "headers without end": (431, LINE + b"x-a: y\r\n" * 100_000),
     "large header": (431, b"GET /v1/models HTTP/1.1\r\nHost: x\r\nx-a: " + b"y" * 20_000 + b"\r\n\r\n"),
     "upgrade": (400, b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"),
     "unknown expectation": (417, LINE + b"Expect: 200-ok\r\nContent-Length: 2\r\n\r\n{}"),
@@ -318,6 +322,38 @@ def test_headers_are_passed_on_and_hop_by_hop_ones_are_not(tmp_path: Path) -> No
             world.close()
 
 
+def test_a_replica_whose_headers_do_not_end_is_given_up(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        answering = threading.Thread(target=_headers_for_ever, args=(listener,), daemon=True)
+        answering.start()
+        try:
+            door = Door(tmp_path)
+            world.parts.append(door)
+            row = {"instance": "m-0", "model": "m", "host": "127.0.0.1", "port": listener.getsockname()[1]}
+            door.tell([{"name": "m", "replicas": [row], "settings": {"hold_timeout_s": 1.0}}])
+            door.start()
+            assert talk_once(door, GOOD) in (502, 503)
+        finally:
+            world.close()
+            listener.shutdown(socket.SHUT_RDWR)
+            answering.join(30)
+
+
+def _headers_for_ever(listener: socket.socket) -> None:
+    while True:
+        try:
+            peer, _ = listener.accept()
+        except OSError:
+            return
+        with peer, contextlib.suppress(OSError):
+            peer.settimeout(30)
+            peer.recv(65536)
+            peer.sendall(b"HTTP/1.1 200 OK\r\n")
+            while True:
+                peer.sendall(b"X-More: of the same\r\n" * 100)
+
+
 def test_a_client_that_leaves_ends_the_request_at_the_replica(served: tuple[Door, Sim]) -> None:
     door, sim = served
 
@@ -343,7 +379,7 @@ PIECES += [b":", b" ", b"\t", b"\x00", b"\xff", b"Connection: close\r\n", b"Expe
 PIECES += [b"Content-Type: application/json\r\n", BODY, GOOD, SMUGGLED]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.lists(st.one_of(st.sampled_from(PIECES), st.binary(max_size=20)), min_size=1, max_size=12).map(b"".join))
 def test_fuzz(served: tuple[Door, Sim], data: bytes) -> None:
     """
