@@ -37,10 +37,9 @@ class Committer:
     def apply(self, instance_id: str, decide: Decide, *, send: bool = True) -> Decision | Refused | None:
         """Commit what `decide` says of the row as it is now; None when there is no row or nothing to decide."""
         for _ in range(TRIES):
-            row = self._store.load(instance_id)
+            row, now = self._store.load_now(instance_id)
             if row is None:
                 return None
-            now = self._store.now()
             decision = decide(row, now)
             if decision is None or isinstance(decision, Refused):
                 return decision

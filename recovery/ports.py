@@ -27,6 +27,9 @@ class Store(Protocol):
     def load(self, instance_id: str) -> Instance | None:
         """Return the row, an older schema migrated; raise `SchemaError` on a newer one."""
 
+    def load_now(self, instance_id: str) -> tuple[Instance | None, float]:
+        """Return the row and the time, in one round trip: what a decision is made on."""
+
     def load_many(self, ids: Sequence[str]) -> tuple[Instance, ...]:
         """Return those rows that exist, in one round trip. One that this version cannot read is left out, here and below."""
 
@@ -105,7 +108,10 @@ class Store(Protocol):
         """Return the newest incidents first."""
 
     def put(self, key: str, value: Any, ttl_s: float) -> None:
-        """Keep one small JSON value under a name, for a while (log tails, front door reports, brake, tick)."""
+        """Keep one small JSON value under a name, for a while (front door reports, brake, tick)."""
+
+    def put_many(self, values: Mapping[str, Any], ttl_s: float) -> None:
+        """The same for several, in as many round trips as for one (log tails)."""
 
     def get(self, key: str) -> Any:
         """Return that value, None when absent."""

@@ -9,7 +9,7 @@ import copy
 import itertools
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -128,6 +128,10 @@ class MemoryStore:
         with self._open() as state:
             row = state.rows.get(instance_id)
         return None if row is None else rows.decode(row.doc, row.version, row.lease_until, row.due)
+
+    def load_now(self, instance_id: str) -> tuple[Instance | None, float]:
+        """Return the row and the clock."""
+        return self.load(instance_id), self.now()
 
     def load_many(self, ids: Sequence[str]) -> tuple[Instance, ...]:
         """Return those rows that exist and can be read."""
@@ -341,8 +345,13 @@ class MemoryStore:
 
     def put(self, key: str, value: Any, ttl_s: float) -> None:
         """Keep one small JSON value under a name, for a while."""
+        self.put_many({key: value}, ttl_s)
+
+    def put_many(self, values: Mapping[str, Any], ttl_s: float) -> None:
+        """The same for several."""
         with self._open() as state:
-            state.values[key] = (self.clock() + ttl_s, json.dumps(value))
+            for key, value in values.items():
+                state.values[key] = (self.clock() + ttl_s, json.dumps(value))
 
     def get(self, key: str) -> Any:
         """Return that value, None when absent."""

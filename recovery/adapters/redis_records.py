@@ -4,7 +4,7 @@ What the store keeps beside the rows: heartbeats, counters, incidents, small val
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import redis
@@ -126,13 +126,18 @@ class RedisRecords:
 
     # Small values
 
-    @speaks_redis
     def put(self, key: str, value: Any, ttl_s: float) -> None:
-        """Keep one small JSON value under a name, for a while (log tails, front door reports, brake, tick)."""
+        """Keep one small JSON value under a name, for a while (front door reports, brake, tick)."""
+        self.put_many({key: value}, ttl_s)
+
+    @speaks_redis
+    def put_many(self, values: Mapping[str, Any], ttl_s: float) -> None:
+        """The same for several, in as many round trips as for one (log tails)."""
         now = seconds_of(self._redis.time())
         with self._redis.pipeline(transaction=True) as pipe:
-            pipe.set(self.keys.value_stem + key, compact(value), px=max(1, round(ttl_s * 1000)))
-            pipe.zadd(self.keys.values, {key: now + ttl_s})
+            for key, value in values.items():
+                pipe.set(self.keys.value_stem + key, compact(value), px=max(1, round(ttl_s * 1000)))
+            pipe.zadd(self.keys.values, dict.fromkeys(values, now + ttl_s))
             pipe.zremrangebyscore(self.keys.values, "-inf", now)
             pipe.execute()
 

@@ -64,6 +64,15 @@ class RedisStore(RedisRecords):
         """Return the row, an older schema migrated; raise `SchemaError` on a newer one."""
         return _row(self._redis.hmget(self.keys.row(instance_id), _ROW_FIELDS))
 
+    @speaks_redis
+    def load_now(self, instance_id: str) -> tuple[Instance | None, float]:
+        """Return the row and the time, in one round trip: what a decision is made on."""
+        with self._redis.pipeline(transaction=False) as pipe:
+            pipe.hmget(self.keys.row(instance_id), _ROW_FIELDS)
+            pipe.time()
+            fields, time = pipe.execute()
+        return _row(fields), seconds_of(time)
+
     def load_many(self, ids: Sequence[str]) -> tuple[Instance, ...]:
         """Return those rows that exist, in one round trip. One that this version cannot read is left out, and the log says so once."""
         return self._read(ids)[0]

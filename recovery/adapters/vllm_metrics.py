@@ -21,11 +21,8 @@ _GAUGES = {"vllm:num_requests_running": "running", "vllm:num_requests_waiting": 
 _CACHE = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
 _HISTOGRAMS = {"vllm:time_to_first_token_seconds": "ttft", "vllm:e2e_request_latency_seconds": "e2e"}
 _FINISHED = "vllm:request_success"
-_SAMPLE = re.compile(
-    rf"^({'|'.join((*_GAUGES, *_CACHE, f'{_FINISHED}_total', *(f'{name}_bucket' for name in _HISTOGRAMS)))})"
-    r"(\{(?:[^\"}]|\"(?:[^\"\\]|\\.)*\")*\})?[ \t]+(\S+)",
-    re.M,
-)
+_NAMES = (*_GAUGES, *_CACHE, f"{_FINISHED}_total", *(f"{name}_bucket" for name in _HISTOGRAMS))
+_SAMPLE = re.compile(rf"({'|'.join(_NAMES)})" r"(\{(?:[^\"}]|\"(?:[^\"\\]|\\.)*\")*\})?[ \t]+(\S+)")
 """Only what is read here: a parser of everything takes a millisecond of CPU, and this runs at every look."""
 
 
@@ -42,7 +39,8 @@ def _parse(text: str, at: float, run: int) -> Traffic | None:
     usage: float | None = None
     buckets: dict[str, dict[str, float]] = {"ttft": {}, "e2e": {}}
     finished: dict[str, float] = {}
-    for name, labels, number in _SAMPLE.findall(text):
+    for sample in filter(None, map(_SAMPLE.match, (line for line in text.split("\n") if line.startswith(_NAMES)))):
+        name, labels, number = sample.groups(default="")
         value = float(number)
         if not math.isfinite(value):
             continue

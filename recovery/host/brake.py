@@ -14,11 +14,10 @@ class FleetBrake:
     def __init__(self, here: HostContext) -> None:
         self._here = here
 
-    def why_wait(self, row: Instance, fleet: Fleet) -> str | None:
+    def why_wait(self, row: Instance, fleet: Fleet, now: float) -> str | None:
         """Why a start has to wait for others; None when it need not."""
         brake = self._brake()
         rows = self._here.store.load_all()
-        now = self._here.store.now()
         if brake is not None and brake.released_at is None and braking.over((other for other in rows if other.id != row.id), brake):
             self._here.store.put(braking.BRAKE_KEY, brake.evolve(released_at=now).model_dump(mode="json"), braking.BRAKE_TTL_S)
         return braking.why_wait(row, rows, fleet, brake, now)

@@ -57,12 +57,12 @@ class Ends:
     def report(self, instance_id: str, view: HostView) -> Ended | None:
         """Commit the end of the newest run if it has ended and the row does not know yet; `afterwards` does what can wait."""
         record = view.ended(self._here.clocks.wall())
-        row = self._here.store.load(instance_id)
+        row, now = self._here.store.load_now(instance_id)
         if record is None or row is None or not row.last_ended < record.token <= row.token:
             return None
         if row.state in ENDING and (view.keeper_alive or view.strays):
             return None  # over is over only when nothing of it is left; the next step looks again
-        seen = self.exit_seen(row, record, view)
+        seen = self.exit_seen(row, record, view, now)
         if view.strays:
             self._here.host.end_strays(instance_id)
 
@@ -74,7 +74,7 @@ class Ends:
             return None
         self._here.alive.pop(instance_id, None)
         after = decision.after
-        if after.state is not State.RESTARTING or after.not_before > self._here.store.now() + SOON_S:
+        if after.state is not State.RESTARTING or after.not_before > now + SOON_S:
             self._here.remember(after)
         return Ended(row, decision)
 
@@ -90,9 +90,9 @@ class Ends:
         if decision.step in (StepKind.FREE_GPU.value, StepKind.FREE_PORT.value):
             self._here.end_left_overs()
 
-    def exit_seen(self, row: Instance, record: ExitRecord, view: HostView) -> ExitSeen:
-        """The end of a run with its diagnosis. Ages are measured on this host's clock, instants are Redis' time."""
-        at = self._here.store.now() - max(0.0, self._here.clocks.wall() - record.at)
+    def exit_seen(self, row: Instance, record: ExitRecord, view: HostView, now: float) -> ExitSeen:
+        """The end of a run with its diagnosis. Ages are measured on this host's clock, instants are Redis' time (`now`)."""
+        at = now - max(0.0, self._here.clocks.wall() - record.at)
         return self._here.repairs.exit_seen(row, record, view, self._here.fleet(), at=at)
 
     def keep_evidence(self, row: Instance, failure: Failure, view: HostView) -> None:

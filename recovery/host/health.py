@@ -24,7 +24,7 @@ class Health:
         """Commit what a look saw."""
         if look.http and look.ready and self._goes_on(instance_id, look):
             return
-        row = self._here.store.load(instance_id)
+        row, now = self._here.store.load_now(instance_id)
         if row is None or row.run != look.run:
             return
         look = self._completed(row, look)
@@ -34,7 +34,7 @@ class Health:
             return
         view: HostView | None = None
         remedy: Remedy | None = None
-        expected = on_look(row, look, self._here.store.now(), 0.0)
+        expected = on_look(row, look, now, 0.0)
         if expected is not None and expected.failure is not None:
             view = self._here.host.look(instance_id)
             remedy = self._here.repairs.remedy_for(row, expected.failure.cause, expected.failure.evidence, self._here.fleet(), view)

@@ -129,6 +129,6 @@ class Joins:
         self._here.alive.pop(instance_id, None)
         if row.run is not None and view.run is None:
             lost = ExitRecord(token=row.run, at=self._here.clocks.wall(), unknown=True, reason="no trace of it on this host")
-            seen = self._ends.exit_seen(row, lost, view)
+            seen = self._ends.exit_seen(row, lost, view, self._here.store.now())
             self._here.apply(instance_id, lambda now_row, now: on_exit(now_row, seen, now, self._here.clocks.chance()))
         return None

@@ -61,7 +61,8 @@ def keep_tails(service: HostService, seen: Seen) -> int:
 
     For when the host is away. The caller keeps `seen` from call to call and calls every half minute and after each exit.
     """
-    put = 0
+    tails: dict[str, Any] = {}
+    states: Seen = {}
     for instance in service.host.instances():
         folder = _processes(service).disk.folder(instance)
         try:
@@ -75,10 +76,13 @@ def keep_tails(service: HostService, seen: Seen) -> int:
             continue
         told = read_logs(service, instance, TAIL_LINES)
         if "lines" in told:
-            service.store.put(f"logtail:{instance}", {**told, "at": service.store.now(), "host": service.name}, TAIL_TTL_S)
-            seen[instance] = state
-            put += 1
-    return put
+            tails[f"logtail:{instance}"] = {**told, "host": service.name}
+            states[instance] = state
+    if tails:
+        at = service.store.now()
+        service.store.put_many({name: {**told, "at": at} for name, told in tails.items()}, TAIL_TTL_S)
+        seen.update(states)
+    return len(tails)
 
 
 class _Pieces:

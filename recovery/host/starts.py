@@ -61,7 +61,8 @@ class Starts:
             return self._wait(row, f"host {self._here.name} has no model {row.model!r} in its fleet file", 5.0)
         fleet, planned, spec = found
         view = self._here.host.look(row.id)
-        raised = joining.caught_up(row, view.record, self._here.store.now())
+        now = self._here.store.now()
+        raised = joining.caught_up(row, view.record, now)
         if raised != row:
             self._here.raise_row(row.id, view)
             if raised.token != row.token:
@@ -91,7 +92,7 @@ class Starts:
                     self._here.end_left_overs()
                 return self._blocked(row, view, verdict.why)
             case "spawn":
-                why = self._brake.why_wait(row, fleet)
+                why = self._brake.why_wait(row, fleet, now)
                 return self._wait(row, why, BRAKED_LOOK_S) if why is not None else self._spawn(row, fleet, spec, made)
 
     def _spawn(self, row: Instance, fleet: Fleet, spec: ModelSpec, made: Launch) -> Started:

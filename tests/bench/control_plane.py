@@ -4,6 +4,7 @@ What the control plane costs and how fast it is: `make bench`, or `python -m tes
 - `kill`: SIGKILL of a server → its successor's exec, beside a bare shell loop, supervisord and circus, taking turns.
 - `hang`: a server accepts and never answers → its successor's exec.
 - `idle`: CPU of all parts per minute at 10 and 100 instances, and their memory.
+- `probe`: CPU of one look, beside httpx and a bare socket (`tests.bench.probe`).
 - `api`: the management API's requests a second and scrapes at 10, 100 and 1000 instances (`tests.bench.api`).
 
 Moments are those the successors note themselves, by the same clock. Nothing here is a test; what is printed is what was seen.
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tests.bench import api, peers
+from tests.bench import api, peers, probe
 from tests.bench.measured import Measured, child_model, simulated
 from tests.cli.installation import ROOT
 from tests.helpers import wait_until
@@ -209,6 +210,7 @@ def everything(rounds: int, hung: int, minutes: float, only: list[str]) -> Figur
         "hang_quick": lambda: hang(hung, **QUICK),
         "idle_10": lambda: idle(10, minutes),
         "idle_100": lambda: idle(100, minutes),
+        "probe": probe.everything,
         "api": api.everything,
     }
     for name, step in steps.items():
@@ -228,7 +230,11 @@ def main() -> int:
     parser.add_argument("--hung", type=int, default=30, help="servers that hang, at each setting")
     parser.add_argument("--minutes", type=float, default=3.0, help="how long idleness is watched")
     parser.add_argument(
-        "--only", action="append", choices=("kill", "hang", "idle", "api"), default=[], help="only these figures; the file keeps its others"
+        "--only",
+        action="append",
+        choices=("kill", "hang", "idle", "probe", "api"),
+        default=[],
+        help="only these figures; the file keeps its others",
     )
     given = parser.parse_args()
     found = everything(given.rounds, given.hung, given.minutes, given.only)

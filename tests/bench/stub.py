@@ -28,6 +28,10 @@ ANSWER = orjson.dumps(
 JSON_HEAD = b"HTTP/1.1 200 OK\r\nserver: stub\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
 WHOLE = JSON_HEAD % len(ANSWER) + ANSWER
 MODELS = orjson.dumps({"object": "list", "data": [{"id": "m", "object": "model", "created": 1, "owned_by": "vllm", "max_model_len": 8192}]})
+BUCKETS = "".join(
+    f'vllm:{name}_seconds_bucket{{engine="0",le="{bound}",model_name="m"}} {bound}.0\n' for name in ("ttft", "e2e") for bound in range(350)
+)
+METRICS = f'# TYPE vllm:iteration_tokens_total histogram\n{BUCKETS}vllm:iteration_tokens_total_count{{engine="0"}} 5.0\n'.encode()
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nserver: stub\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 EVENT = b'data: {"id":"cmpl-0","object":"text_completion","created":1,"model":"m","choices":[{"index":0,"text":" %d","logprobs":null,'
 EVENT += b'"finish_reason":%b,"stop_reason":null,"prompt_token_ids":%b,"token_ids":%b}]}\n\n'
@@ -67,7 +71,7 @@ class Stub(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         if not self._body:
-            answer = MODELS if self._target == b"/v1/models" else b"{}"
+            answer = {b"/v1/models": MODELS, b"/metrics": METRICS}.get(self._target, b"{}")
             self.transport.write(JSON_HEAD % len(answer) + answer)
         elif b'"stream":true' not in self._body and b'"stream": true' not in self._body:
             self.transport.write(WHOLE)

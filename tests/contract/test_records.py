@@ -187,7 +187,7 @@ def test_a_heartbeat_ends_and_is_remembered(world: World) -> None:
 
 
 def test_small_values_end_by_themselves(world: World) -> None:
-    world.store.put("front/a", {"in_flight": 3}, 600)
+    world.store.put_many({"front/b": 0, "front/a": {"in_flight": 3}}, 600)
     world.store.put("front/b", [1, "ü", None], 1.0)
     world.store.put("brake", True, 600)
     assert world.store.get("front/a") == {"in_flight": 3}

@@ -41,6 +41,7 @@ def every_call(store: RedisStore) -> dict[str, Callable[[], Any]]:
     return {
         "now": store.now,
         "load": lambda: store.load("vllm-0"),
+        "load_now": lambda: store.load_now("vllm-0"),
         "load_many": lambda: store.load_many(["vllm-0"]),
         "unreadable": store.unreadable,
         "ids": store.ids,
@@ -64,6 +65,7 @@ def every_call(store: RedisStore) -> dict[str, Callable[[], Any]]:
         "incident": lambda: store.incident("i1"),
         "incidents": lambda: store.incidents(None, 10),
         "put": lambda: store.put("brake", 1, 10),
+        "put_many": lambda: store.put_many({"brake": 1}, 10),
         "get": lambda: store.get("brake"),
         "get_many": lambda: store.get_many("b"),
         "remove": lambda: store.remove("brake"),

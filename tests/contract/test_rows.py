@@ -55,6 +55,9 @@ def test_a_row_comes_back_as_it_was_written(world: World) -> None:
     assert written == row.evolve(version=written.version)
     assert world.store.load(row.id) == written
     assert world.store.load("nobody-0") is None
+    read, at = world.store.load_now(row.id)
+    assert read == written and now <= at <= world.store.now()
+    assert world.store.load_now("nobody-0")[0] is None
 
 
 def test_versions_rise_and_only_the_present_one_can_be_written_over(world: World) -> None:

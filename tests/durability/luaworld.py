@@ -8,6 +8,7 @@ import recovery.adapters.redis_store as real
 from recovery.adapters.memory_store import ManualClock
 from recovery.adapters.redis_store import RedisStore
 from recovery.adapters.redis_url import RedisUrl
+from recovery.core.instance import Instance
 from tests.durability.simworld import World
 
 CLOCK = "walk:clock"
@@ -42,6 +43,9 @@ class LuaStore(RedisStore):
 
     def now(self) -> float:
         return self.clock.now
+
+    def load_now(self, instance_id: str) -> tuple[Instance | None, float]:
+        return self.load(instance_id), self.now()
 
     def once(self, key: str, ttl_ms: int) -> bool:
         """Always: a doubled tick then does all its work twice, which is the harder case."""

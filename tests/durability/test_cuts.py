@@ -167,4 +167,4 @@ def test_a_cut_anywhere_changes_nothing(scenario: Scenario) -> None:
         if not reached:
             break
         places += 1
-    assert places > 5, "the scenario hardly does anything"
+    assert places >= 5, "the scenario hardly does anything"
