@@ -97,7 +97,7 @@ def _rung(rung: Rung) -> str:
 def figures() -> str:
     """What was measured, from the JSON that `make bench` wrote."""
     found: dict[str, Any] = json.loads(FIGURES.read_text())
-    return "\n\n".join((_kill(found["kill"]), _hang(found), _idle(found), _where(found)))
+    return "\n\n".join((_kill(found["kill"]), _hang(found), _idle(found), _look(found["probe"]), _where(found)))
 
 
 def _kill(found: dict[str, Any]) -> str:
@@ -134,6 +134,20 @@ def _idle(found: dict[str, Any]) -> str:
         "(keepers, reconciling, the door's looks). Memory is that at 100."
     )
     return f"Idle, a look at every instance each 30 s (`keepers`: one per instance, together):\n\n{_table(head, [*rows, total])}\n\n{probe}"
+
+
+def _look(found: dict[str, Any]) -> str:
+    rows = [
+        (name, *(f"{each[count][part] / 1000:.2f}" for count in ("1", "50") for part in ("median", "p95")))
+        for name, each in found["contestants"].items()
+    ]
+    rounds = next(iter(found["contestants"].values()))["1"]["n"]
+    head = ("", "1 in flight, median", "p95", "50 in flight, median", "p95")
+    text = (
+        "CPU of the asking side for one look at one server (`/health`, `/v1/models`, 40 kB of `/metrics`, on a new connection; httpx "
+        f"keeps its own), in milliseconds; {rounds} rounds of {found['looks_per_round']}:"
+    )
+    return f"{text}\n\n{_table(head, rows)}"
 
 
 def api() -> str:
@@ -230,7 +244,14 @@ def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-LOADS = {"kill": "kill", "hang_defaults": "hang, defaults", "hang_quick": "hang, quick", "idle_10": "idle at 10", "idle_100": "at 100"}
+LOADS = {
+    "kill": "kill",
+    "hang_defaults": "hang, defaults",
+    "hang_quick": "hang, quick",
+    "idle_10": "idle at 10",
+    "idle_100": "at 100",
+    "probe": "a look",
+}
 BLOCKS: dict[str, Callable[[], str]] = {
     "exits": exits,
     "states": states,
