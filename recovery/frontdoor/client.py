@@ -79,8 +79,8 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._closing:
             return
-        if self.active is not None and (self._request is None or self._request.sink is None):
-            self._ahead += data  # pipelined: read when the answer is out
+        if self._ahead or (self.active is not None and (self._request is None or self._request.sink is None)):
+            self._ahead += data  # pipelined: read when the answer is out, and after what came before it
             if len(self._ahead) > self._door.settings.max_ahead_bytes:
                 self.hold_reading(True)
             return

@@ -75,7 +75,8 @@ class Upstream(asyncio.Protocol):
         self.abort()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._fields.append((name, value))
+        if self.status == 0:  # else it is a trailer
+            self._fields.append((name, value))
 
     def _take_fields(self) -> None:
         lines: list[bytes] = []

@@ -1,17 +1,24 @@
 """HTTP/1.1 taken strictly: hostile and malformed input costs a 4xx and a connection, never the door, never a second request."""
 
+import asyncio
 import contextlib
 import json
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from recovery.frontdoor.client import Client
+from recovery.frontdoor.door import Door as InProcess
+from recovery.frontdoor.request import Request
+from recovery.frontdoor.settings import DoorSettings
+from recovery.frontdoor.view import View
 from tests.frontdoor.raw import Wire, post, talk
 from tests.frontdoor.world import Door, Sim, World, expected_text
 from tests.helpers import wait_until
@@ -175,6 +182,39 @@ def test_pipelined_requests_are_answered_in_order(served: tuple[Door, Sim]) -> N
             answer = wire.answer()
             assert answer is not None
             assert json.loads(answer.body)["choices"][0]["text"] == expected_text(f"p{i}", 3)
+
+
+class _Sent(asyncio.Transport):
+    """A client's connection without a client: what the door sends is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = b""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.sent += bytes(data)
+
+    def is_closing(self) -> bool:
+        return False
+
+
+def test_what_arrives_between_an_answer_and_the_reading_of_what_waited_keeps_its_place() -> None:
+    """In process: it takes two sockets that are ready in one turn of the loop, which no client can bring about at will."""
+
+    async def run() -> bytes:
+        client, transport = Client(InProcess(DoorSettings(), View())), _Sent()
+        client.connection_made(transport)
+        answering = Mock()
+        client.answering(answering)
+        client.active_request = request = Request()
+        request.whole = True
+        client.data_received(b"GET /health HTT")
+        client.exchange_over(answering)
+        client.data_received(b"P/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.sleep(0)
+        return transport.sent
+
+    assert asyncio.run(run()).startswith(b"HTTP/1.1 200 ")
 
 
 def test_what_is_pipelined_behind_a_good_request_is_refused_after_it(served: tuple[Door, Sim]) -> None:
