@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.loop.conftest import fleet, pytest_runtest_makereport
-from tests.loop.plane import Plane
+from tests.loop.plane import Plane, wait_until
 
 __all__ = ["fleet", "pytest_runtest_makereport"]
 
@@ -26,9 +26,11 @@ class Cards:
         self._write()
 
     def xid(self, card: int, number: int) -> None:
-        """The driver complains of a card."""
+        """The driver complains of a card; the worker knows when this returns."""
         self._state["xids"].append([card, number])
         self._write()
+        told = self._file.with_name(f"{self._file.name}.told")
+        wait_until(lambda: int(told.read_text()), len(self._state["xids"]), within_s=60)
 
     def lose(self, *cards: int) -> None:
         """These cards no longer answer; all others do."""

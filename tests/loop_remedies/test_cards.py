@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tests.helpers import wait_until
 from tests.loop.fleet import Fleet
-from tests.loop.plane import PATIENCE_S, Plane
+from tests.loop.plane import PATIENCE_S
 from tests.loop_remedies.conftest import Cards
 from tests.loop_remedies.test_remedies import closed, kinds, newest
 
@@ -28,14 +28,13 @@ def test_illegal_access_again_and_again_moves_to_another_card(fleet: Fleet, card
     wait_until(lambda: kinds(newest(one))[:3], ["restart", "restart", "other_gpu"], within_s=PATIENCE_S)
 
 
-def test_a_lost_card_gets_no_restart(fleet: Fleet, cards: Cards, plane: Plane) -> None:
+def test_a_lost_card_gets_no_restart(fleet: Fleet, cards: Cards) -> None:
     """
     Xid 79: another card at once; where there is none, a human, and not one start on the lost card.
     """
     one = fleet.model("off-the-bus", gpus=[0, 3], gpus_per_replica=1)
     first = one.serves()
     cards.xid(0, 79)
-    wait_until(lambda: one.server, first, within_s=PATIENCE_S)
     one.kill()
     one.serves(but=first)
 
@@ -45,7 +44,6 @@ def test_a_lost_card_gets_no_restart(fleet: Fleet, cards: Cards, plane: Plane) -
 
     second = one.pid
     cards.xid(3, 95)
-    wait_until(lambda: plane.store.hosts(), within_s=PATIENCE_S)
     starts = one.starts
     one.kill()
     row = one.reaches("failed")

@@ -1,7 +1,8 @@
 """
 Plays nvidia-ml-py for a worker under test: cards, lost ones and Xid events come from the JSON file that FAKE_NVML names.
 
-`{"cards": 3, "lost": [1], "xids": [[0, 79]]}`; events are told once each, in order, as they are added.
+`{"cards": 3, "lost": [1], "xids": [[0, 79]]}`; events are told once each, in order, as they are added. How many the worker has
+taken in stands in a file of the same name with `.told` behind it.
 """
 
 import json
@@ -85,6 +86,7 @@ def nvmlDeviceRegisterEvents(handle, kind, events):
 
 def nvmlEventSetWait_v2(events, timeout_ms):
     global _told
+    Path(os.environ["FAKE_NVML"] + ".told").write_text(str(_told))  # who asks for the next one has taken in the last
     until = time.monotonic() + timeout_ms / 1000
     while time.monotonic() < until:
         happened = _state().get("xids", [])
