@@ -90,11 +90,11 @@ class Request:
                     return refusal
         if self.media:
             lines += (b"content-type: ", self.media, b"\r\n")
-        if self.named and not {b"keep-alive", b"close"}.issuperset(self.named):
-            lines = [b"%b: %b\r\n" % field for field in fields if self._passed_on(field[0].lower())]
         self.lines = b"".join(lines)
         if size + len(self.lines) > max_bytes or len(fields) > max_fields:
             return Refusal(431, "request headers too large")
+        if self.named and not {b"keep-alive", b"close"}.issuperset(self.named):
+            self.lines = b"".join(b"%b: %b\r\n" % field for field in fields if self._passed_on(field[0].lower()))
         return None
 
     def _passed_on(self, name: bytes) -> bool:

@@ -103,6 +103,7 @@ REFUSED = {
     "long URL": (414, b"GET /v1/" + b"a" * 4096 + b" HTTP/1.1\r\nHost: x\r\n\r\n"),
     "many headers": (431, b"GET /v1/models HTTP/1.1\r\nHost: x\r\n" + b"".join(b"x-%d: y\r\n" % i for i in range(200)) + b"\r\n"),
     "large key": (431, LINE + b"Authorization: Bearer " + b"y" * 20_000 + b"\r\n\r\n"),
+    "large header that is not passed on": (431, LINE + b"Connection: x-hop\r\nX-Hop: " + b"y" * 20_000 + b"\r\n\r\n"),
     "headers without end": (431, LINE + b"x-a: y\r\n" * 100_000),
     "large header": (431, b"GET /v1/models HTTP/1.1\r\nHost: x\r\nx-a: " + b"y" * 20_000 + b"\r\n\r\n"),
     "upgrade": (400, b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"),
